@@ -1,0 +1,1 @@
+"""From exchange files to batches: prices, windows, datasets and collators."""

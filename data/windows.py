@@ -1,0 +1,189 @@
+"""Encoded histories to training windows: chronological splits, labels, lazy index pairs."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch.utils.data import Dataset
+
+from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
+
+IGNORE_INDEX = -100.0  # as transformers marks a label that is not supervised
+
+
+class DateRange(NamedTuple):
+    """Dates of a split, both ends included."""
+
+    start: pd.Timestamp
+    end: pd.Timestamp
+
+
+class Split(NamedTuple):
+    train: DateRange
+    validation: DateRange
+    test: DateRange
+
+
+def chronological_split(
+    dates: pd.Series, horizon: int, validation_fraction: float = 0.1, test_fraction: float = 0.1
+) -> Split:
+    """Cuts the calendar of all tickers together into train, validation and test.
+
+    The ranges touch; the purge between them is made by `make_labels`, which supervises no step whose longest label
+    reaches past its own range.
+
+    Args:
+        dates: dates of the price table, in any order, repeated over tickers.
+        horizon: longest horizon, in trading days; every range must be longer.
+        validation_fraction: share of the dates before the test range.
+        test_fraction: share of the dates at the end.
+
+    Raises:
+        ValueError: fractions that leave a range no longer than the horizon.
+    """
+    calendar = np.sort(dates.unique())
+    test = len(calendar) - round(len(calendar) * test_fraction)
+    validation = test - round(len(calendar) * validation_fraction)
+    bounds = [0, max(validation, 0), max(test, 0), len(calendar)]
+    ranges = []
+    for name, first, stop in zip(Split._fields, bounds[:-1], bounds[1:], strict=True):
+        if stop - first <= horizon:
+            raise ValueError(
+                f"the {name} range has {stop - first} of {len(calendar)} trading days; "
+                f"a horizon of {horizon} days needs more than {horizon}"
+            )
+        ranges.append(DateRange(pd.Timestamp(calendar[first]), pd.Timestamp(calendar[stop - 1])))
+    return Split(*ranges)
+
+
+def make_labels(series: EncodedSeries, horizons: list[int], within: DateRange) -> np.ndarray:
+    """Realised cumulative log-returns to each horizon.
+
+    A step is supervised when it and the end of its longest label lie within the range, so that no price outside the
+    range enters, be it as a label of the steps before or as an origin.
+
+    Args:
+        series: one ticker.
+        horizons: (H,) bars ahead, increasing.
+        within: dates that labels may know.
+
+    Returns:
+        (T, H) float32, `IGNORE_INDEX` where not supervised.
+    """
+    log_close = np.log(series.close)
+    labels = np.full((len(log_close), len(horizons)), IGNORE_INDEX, dtype=np.float32)
+    steps = np.arange(max(len(log_close) - horizons[-1], 0))
+    last_label = series.dates[steps + horizons[-1]]
+    steps = steps[(series.dates[steps] >= within.start.to_datetime64()) & (last_label <= within.end.to_datetime64())]
+    for column, horizon in enumerate(horizons):
+        labels[steps, column] = log_close[steps + horizon] - log_close[steps]
+    return labels
+
+
+class WindowDataset(Dataset):
+    """Windows as pairs (series, last step): slices of the encoded histories, never copies.
+
+    Args:
+        series: encoded tickers.
+        ends: (N, 2) integers, series index and last step of each window.
+        context_length: steps T of a window; fewer at the start of a history.
+        labels: one (T, H) array per series, or None for inference.
+        supervised_steps: newest steps of a window whose labels count; all by default. With the stride of the windows,
+            each step is scored once and never with a short context.
+    """
+
+    def __init__(
+        self,
+        series: list[EncodedSeries],
+        ends: np.ndarray,
+        context_length: int,
+        labels: list[np.ndarray] | None = None,
+        supervised_steps: int | None = None,
+    ):
+        self.series = series
+        self.ends = ends
+        self.context_length = context_length
+        self.labels = labels
+        self.supervised_steps = context_length if supervised_steps is None else supervised_steps
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def scaled_targets(self, horizons: list[int]) -> np.ndarray:
+        """Every label that is known, in units of scale·sqrt(horizon), as the network sees them: (N, H) float32."""
+        targets = []
+        for one, labels in zip(self.series, self.labels, strict=True):
+            known = labels[:, -1] != IGNORE_INDEX
+            targets.append(labels[known] / (one.scale[known, None] * np.sqrt(np.float32(horizons))))
+        return np.concatenate(targets)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        which, end = self.ends[index]
+        window = slice(max(end + 1 - self.context_length, 0), end + 1)
+        example = {"past_values": self.series[which].values[window], "scale": self.series[which].scale[window]}
+        if self.labels is not None:
+            example["labels"] = self.labels[which][window]
+            if self.supervised_steps < len(example["labels"]):
+                example["labels"] = example["labels"].copy()
+                example["labels"][: -self.supervised_steps] = IGNORE_INDEX
+        return example
+
+
+def supervised_windows(
+    series: list[EncodedSeries],
+    horizons: list[int],
+    within: DateRange,
+    context_length: int,
+    stride: int,
+    score_once: bool = False,
+) -> WindowDataset:
+    """Windows over all supervised steps of a date range.
+
+    Args:
+        series: encoded tickers.
+        horizons: (H,) bars ahead.
+        within: dates that labels may know; contexts reach back before its start.
+        context_length: steps of a window.
+        stride: steps between windows, counted back from a ticker's last supervised one.
+        score_once: supervise only the newest `stride` steps of each window, as for validation.
+
+    Raises:
+        ValueError: no step is supervised.
+    """
+    labels = [make_labels(one, horizons, within) for one in series]
+    ends = []
+    for which, known in enumerate(labels):
+        steps = np.flatnonzero(known[:, -1] != IGNORE_INDEX)
+        if len(steps):
+            last = np.arange(steps[-1], steps[0] - 1, -stride)[::-1]
+            ends.append(np.stack([np.full_like(last, which), last], axis=1))
+    if not ends:
+        raise ValueError(
+            f"no step between {within.start.date()} and {within.end.date()} has a label {horizons[-1]} bars ahead"
+        )
+    return WindowDataset(series, np.concatenate(ends), context_length, labels, stride if score_once else None)
+
+
+def forecast_windows(
+    series: list[EncodedSeries], context_length: int, within: DateRange
+) -> tuple[WindowDataset, pd.DataFrame]:
+    """One window for every (ticker, cutoff) of a date range that has a whole context behind it.
+
+    Returns:
+        The windows without labels, and their (N,) origins `ticker, cutoff`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    ends, origins = [], []
+    for which, one in enumerate(series):
+        inside = (one.dates >= within.start.to_datetime64()) & (one.dates <= within.end.to_datetime64())
+        last = np.flatnonzero(inside & (np.arange(len(one.dates)) >= context_length - 1))
+        ends.append(np.stack([np.full_like(last, which), last], axis=1))
+        origins.append(pd.DataFrame({"ticker": one.ticker, "cutoff": one.dates[last]}))
+    if not sum(map(len, ends)):
+        raise ValueError(
+            f"no ticker has {context_length} bars of context at any date between "
+            f"{within.start.date()} and {within.end.date()}"
+        )
+    return WindowDataset(series, np.concatenate(ends), context_length), pd.concat(origins, ignore_index=True)

@@ -1,0 +1,1 @@
+"""Judging a forecast table: naive baselines beside it, metrics, plots."""

@@ -1,0 +1,189 @@
+"""Pictures of a forecast table: the fan chart of one forecast, and predictions beside outcomes through time.
+
+Drawn on `matplotlib.figure.Figure` alone: no global state, no display, safe in servers and threads.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+from spaceexploreai.evaluation.baselines import quantile_columns, require_columns
+
+DPI = 150
+MAX_PANELS = 4
+MAX_HISTORY_TICKS = 5
+# (lower level, upper level, grey): nested, darker towards the median, told apart in print
+INTERVALS = ((0.05, 0.95, "0.9"), (0.1, 0.9, "0.8"), (0.25, 0.75, "0.67"))
+INK, MODEL, NAIVE = "black", "#0b3d91", "tab:red"
+
+
+def plot_forecast(forecasts: pd.DataFrame, prices: pd.DataFrame, ticker: str, history: int = 60) -> Figure:
+    """Draws the newest forecast of `ticker` as a fan of prices behind its last `history` closes.
+
+    Args:
+        forecasts: forecast table with the ewma columns of `add_baselines` and the quantiles 0.05, 0.1, 0.25, 0.5,
+            0.75, 0.9, 0.95.
+        prices: validated price table; closes after the cutoff are drawn too, where it has them.
+
+    Raises:
+        ValueError: a table has no such ticker or column, or `prices` no bar on the cutoff.
+    """
+    rows = _newest(forecasts, ticker)
+    cutoff = rows["cutoff"].iloc[0]
+    bars = prices[prices["ticker"] == ticker]
+    past, future = bars[bars["date"] <= cutoff].tail(history), bars[bars["date"] > cutoff]
+    if past.empty or past["date"].iloc[-1] != cutoff:
+        raise ValueError(f"{ticker} has no bar in the price table on its cutoff {cutoff:%Y-%m-%d}")
+    future = future.head(rows["horizon"].iloc[-1])
+
+    figure = Figure(figsize=(10, 6), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(np.arange(1 - len(past), 1), past["close"], color=INK, linewidth=1.4, label="close")
+    _draw_fan(axes, rows, past["close"].iloc[-1])
+    if len(future):
+        axes.plot(
+            np.arange(1, len(future) + 1), future["close"], "o:", color=INK, markerfacecolor="white", label="realised"
+        )
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    _label_trading_days(axes, past["date"], rows)
+    axes.set_ylabel("adjusted close (currency of the quotes)")
+    last = rows.iloc[-1]
+    axes.set_title(
+        f"{ticker}: forecast from the close of {cutoff:%Y-%m-%d}\n"
+        f"P(up after {last['horizon']} trading days) = {last['p_up']:.0%}"
+    )
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def price_fan(rows: pd.DataFrame, close: float, levels: Iterable[float], prefix: str = "") -> pd.DataFrame:
+    """Quantiles of one forecast as prices, fanning out of the last close.
+
+    A price quantile is close·exp(log-return quantile): quantiles, unlike the mean, pass through the exponential.
+
+    Args:
+        rows: forecast table of one ticker and one cutoff, by horizon.
+        close: close at the cutoff.
+        levels: Q quantile levels.
+        prefix: "" for the model, "ewma_" and so on for a baseline.
+
+    Returns:
+        (H + 1, Q) prices, columns the levels, index the trading days after the cutoff: 0 (the close), the horizons.
+    """
+    levels = list(levels)
+    returns = rows.set_index("horizon")[quantile_columns(levels, prefix)].set_axis(levels, axis=1)
+    origin = pd.DataFrame(0.0, index=[0], columns=levels)
+    return close * np.exp(pd.concat([origin, returns]).rename_axis("horizon"))
+
+
+def plot_predicted_vs_actual(forecasts: pd.DataFrame) -> Figure:
+    """Draws forecasts of the middle horizon beside what happened.
+
+    A panel through time for each of the (at most four) tickers with most rows, and the predicted means of all tickers
+    against the realised returns.
+
+    Args:
+        forecasts: forecast table with `y`, the ewma columns of `add_baselines`, and the quantiles 0.05, 0.5, 0.95.
+
+    Raises:
+        ValueError: a column is missing or no row has a finite `y`.
+    """
+    band = quantile_columns([0.05, 0.95])
+    require_columns(forecasts, ["y", "mean", "q0.5", *band, *(f"ewma_{column}" for column in band)])
+    known = forecasts[np.isfinite(forecasts["y"])]
+    if known.empty:
+        raise ValueError(f"nothing to plot: none of the {len(forecasts)} forecasts has a realised return y yet")
+    horizons = np.unique(known["horizon"])
+    horizon = horizons[len(horizons) // 2]
+    rows = known[known["horizon"] == horizon]
+    tickers = rows.groupby("ticker").size().sort_values(ascending=False, kind="stable").index[:MAX_PANELS]
+
+    figure = Figure(figsize=(14, max(5.5, 2.4 * len(tickers) + 0.8)), dpi=DPI, layout="constrained")
+    grid = figure.add_gridspec(len(tickers), 2, width_ratios=(2, 1))
+    panels = [figure.add_subplot(grid[i, 0]) for i in range(len(tickers))]
+    for panel, ticker in zip(panels, tickers, strict=True):
+        panel.sharex(panels[-1])
+        _draw_through_time(panel, rows[rows["ticker"] == ticker].sort_values("date"), ticker)
+        panel.label_outer()
+    _draw_scatter(figure.add_subplot(grid[:, 1]), rows)
+    figure.suptitle(f"Log-returns over {horizon} trading days: predicted and realised")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=9)
+    return figure
+
+
+def _newest(forecasts: pd.DataFrame, ticker: str) -> pd.DataFrame:
+    """Rows of the ticker's last cutoff, by horizon."""
+    levels = [0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95]
+    require_columns(forecasts, [*quantile_columns(levels), *quantile_columns([0.05, 0.95], "ewma_")])
+    rows = forecasts[forecasts["ticker"] == ticker]
+    if rows.empty:
+        raise ValueError(f"forecast table has no ticker {ticker!r}")
+    return rows[rows["cutoff"] == rows["cutoff"].max()].sort_values("horizon")
+
+
+def _draw_fan(axes: Axes, rows: pd.DataFrame, close: float) -> None:
+    """Straight lines join the horizons: nothing is forecast between them."""
+    for lower, upper, grey in INTERVALS:
+        fan = price_fan(rows, close, (lower, upper))
+        axes.fill_between(
+            fan.index, fan[lower], fan[upper], color=grey, linewidth=0, label=f"{upper - lower:.0%} interval"
+        )
+    naive = price_fan(rows, close, (0.05, 0.95), "ewma_")
+    for level, label in ((0.05, "90% interval, ewma baseline"), (0.95, None)):
+        axes.plot(naive.index, naive[level], "--", color=NAIVE, linewidth=1.3, label=label)
+    median = price_fan(rows, close, (0.5,))[0.5]
+    axes.plot(median.index, median, "-", color=MODEL, marker=".", linewidth=2, label="median")
+    for price in price_fan(rows, close, (0.05, 0.5, 0.95)).iloc[-1]:
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+        axes.annotate(f"{price:,.2f}", (1, price), va="center", fontsize=8, **place)
+
+
+def _label_trading_days(axes: Axes, dates: pd.Series, rows: pd.DataFrame) -> None:
+    """Dates on an axis that counts trading days from the cutoff, and small numbers under the horizons between them."""
+    step = -(-len(dates) // MAX_HISTORY_TICKS)
+    days = [*range(0, -len(dates), -step), rows["horizon"].iloc[-1]]
+    names = [*(dates.iloc[day - 1] for day in days[:-1]), rows["date"].iloc[-1]]
+    axes.set_xticks(days, [f"{name:%Y-%m-%d}" for name in names], rotation=25, ha="right")
+    between = rows["horizon"].iloc[:-1]
+    axes.set_xticks(between, between, minor=True, fontsize=7)
+    axes.margins(x=0.02)
+    axes.set_xlabel("trading day (vertical line: last day known; small numbers: trading days after it)")
+    axes.grid(alpha=0.25)
+
+
+def _draw_through_time(axes: Axes, rows: pd.DataFrame, ticker: str) -> None:
+    date, percent = rows["date"], 100 * rows.select_dtypes("number")
+    axes.fill_between(
+        date, percent["q0.05"], percent["q0.95"], color="0.82", linewidth=0, label="90% interval, predicted"
+    )
+    for column, label in (("ewma_q0.05", "90% interval, ewma baseline"), ("ewma_q0.95", None)):
+        axes.plot(date, percent[column], "--", color=NAIVE, linewidth=0.9, label=label)
+    axes.plot(date, percent["y"], "-", color=INK, marker=".", markersize=2.5, linewidth=0.6, label="realised")
+    axes.plot(date, percent["q0.5"], color=MODEL, linewidth=1.6, label="median, predicted")
+    axes.set_ylabel(f"{ticker}\nlog-return (%)")
+    axes.set_xlabel("day forecast")
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.25)
+    locator = AutoDateLocator()
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def _draw_scatter(axes: Axes, rows: pd.DataFrame) -> None:
+    mean, y = 100 * rows["mean"].to_numpy(), 100 * rows["y"].to_numpy()
+    constant = np.ptp(mean) == 0 or np.ptp(y) == 0
+    correlation = "undefined (constant)" if constant else f"{np.corrcoef(mean, y)[0, 1]:+.3f}"
+    axes.plot(mean, y, ".", color=MODEL, markersize=3, alpha=0.4, label="one forecast", rasterized=True)
+    axes.axhline(0, color="0.4", linewidth=0.8, label="zero")
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    limits = axes.get_xlim()
+    axes.plot(limits, limits, "--", color=INK, linewidth=1, label="predicted = realised")
+    axes.set_xlim(limits)
+    axes.set_title(f"tickers: {rows['ticker'].nunique()}, forecasts: {len(rows):,}\ncorrelation: {correlation}")
+    axes.set_xlabel("predicted mean log-return (%)")
+    axes.set_ylabel("realised log-return (%)")
+    axes.legend(loc="upper left", fontsize=9)
+    axes.grid(alpha=0.25)

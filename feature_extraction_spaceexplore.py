@@ -1,0 +1,380 @@
+# Copyright 2026 The SpaceExploreAI contributors. Licensed under the MIT License.
+"""Raw OHLCV bars to model inputs and forecasts back to prices: the only door in and out of the network."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import BatchFeature, FeatureExtractionMixin
+from transformers.utils import logging
+
+from .indicators_spaceexplore import INDICATORS, compute_indicators, ewma_volatility
+
+try:  # optional: only the dates of a forecast need it
+    import exchange_calendars
+except ImportError:
+    exchange_calendars = None
+
+PRICE_COLUMNS = ["open", "high", "low", "close"]
+TABLE_COLUMNS = ["ticker", "date", *PRICE_COLUMNS, "volume"]
+VOLATILITY_BARS = 20  # bars before `ewma_volatility`, and with it `scale`, is known
+
+
+# --- the price table -------------------------------------------------------------------------------------------------
+
+
+def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
+    """Checks a long table of daily bars and returns it in canonical form.
+
+    Args:
+        prices: columns `ticker, date, open, high, low, close, volume`, adjusted for splits and dividends; within a
+            ticker oldest first. Other columns are dropped.
+
+    Returns:
+        The table sorted by (ticker, date) with string tickers, naive midnight dates and float64 numbers.
+
+    Raises:
+        ValueError: missing column, empty table, or a value that cannot be a daily bar; names ticker, date and value.
+    """
+    missing = [column for column in TABLE_COLUMNS if column not in prices.columns]
+    if missing:
+        raise ValueError(f"the price table has no column {missing[0]!r}; it has {', '.join(map(str, prices.columns))}")
+    if prices.empty:
+        raise ValueError("the price table is empty")
+    table = prices[TABLE_COLUMNS].reset_index(drop=True)
+    if table["ticker"].isna().any():
+        raise ValueError(f"row {int(table['ticker'].isna().idxmax())} of the price table has no ticker")
+    table["ticker"] = table["ticker"].astype(str)
+    table["date"] = _dates(table)
+    table = table.sort_values("ticker", kind="stable", ignore_index=True)
+    for column in [*PRICE_COLUMNS, "volume"]:
+        table[column] = _numbers(table, column)
+    _check_order(table)
+    _check_bars(table)
+    return table
+
+
+def _dates(table: pd.DataFrame) -> pd.Series:
+    dates = pd.to_datetime(table["date"], errors="coerce")
+    if dates.isna().any():
+        row = table.loc[dates.isna().idxmax()]
+        raise ValueError(f"{row['ticker']}: {row['date']!r} is not a date")
+    return dates.dt.tz_localize(None).dt.normalize().astype("datetime64[ns]")
+
+
+def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
+    numbers = pd.to_numeric(table[column], errors="coerce").astype("float64")
+    _refuse(table, ~np.isfinite(numbers), column, "is not a finite number")
+    return numbers
+
+
+def _check_order(table: pd.DataFrame) -> None:
+    same_ticker = table["ticker"].eq(table["ticker"].shift())
+    step = table["date"].diff()
+    _refuse(table, same_ticker & (step == pd.Timedelta(0)), "date", "appears twice")
+    _refuse(table, same_ticker & (step < pd.Timedelta(0)), "date", "comes after a later date; sort the table by date")
+
+
+def _check_bars(table: pd.DataFrame) -> None:
+    for column in PRICE_COLUMNS:
+        _refuse(table, table[column] <= 0, column, "is not a positive price")
+    _refuse(table, table["volume"] < 0, "volume", "is negative")
+    _refuse(table, table["high"] < table["low"], "high", "is below the low of {low:g}")
+    for column in ("open", "close"):
+        _refuse(table, table[column] > table["high"], column, "is above the high of {high:g}")
+        _refuse(table, table[column] < table["low"], column, "is below the low of {low:g}")
+
+
+def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, complaint: str) -> None:
+    if not bad.any():
+        return
+    row = table.loc[bad.idxmax()]
+    value = row[column].date() if column == "date" else row[column]
+    value = f"{value:g}" if isinstance(value, float) else str(value)
+    raise ValueError(f"{row['ticker']} {row['date'].date()}: {column} {value} {complaint.format(**row)}")
+
+
+# --- the calendar ----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _sessions(calendar: str, start: str, end: str) -> np.ndarray:
+    if exchange_calendars is None:
+        raise ImportError("dates of a forecast need the trading calendar: pip install exchange_calendars")
+    try:
+        return exchange_calendars.get_calendar(calendar, start=start, end=end).sessions.to_numpy()
+    except exchange_calendars.errors.InvalidCalendarName as error:
+        raise ValueError(f"calendar {calendar!r} is not known to exchange_calendars") from error
+
+
+def following_sessions(calendar: str, cutoffs: pd.Series, horizons: list[int]) -> np.ndarray:
+    """Trading days after each cutoff.
+
+    Args:
+        calendar: exchange_calendars code, such as "XNYS" for the NYSE.
+        cutoffs: (N,) dates.
+        horizons: (H,) sessions ahead, from 1.
+
+    Returns:
+        (N, H) datetime64[ns].
+    """
+    # 2.5 calendar days a session and two weeks hold the horizon on any exchange (the NYSE averages 1.45).
+    reach = pd.Timedelta(days=int(2.5 * max(horizons)) + 14)
+    start, end = cutoffs.min() - pd.Timedelta(days=14), cutoffs.max() + reach
+    # Whole years, so that repeated calls share one calendar.
+    sessions = _sessions(calendar, f"{start.year}-01-01", f"{end.year}-12-31").astype("datetime64[ns]")
+    first = np.searchsorted(sessions, cutoffs.to_numpy("datetime64[ns]"), side="right")
+    return sessions[first[:, None] + np.asarray(horizons)[None, :] - 1]
+
+
+# --- the extractor ---------------------------------------------------------------------------------------------------
+
+
+class EncodedSeries(NamedTuple):
+    """One ticker as the network sees it, without the bars before its volatility is known."""
+
+    ticker: str
+    dates: np.ndarray  # (T,) datetime64[ns]
+    close: np.ndarray  # (T,) float64, in the currency of the prices
+    values: np.ndarray  # (T, F) float32, NaN where undefined
+    scale: np.ndarray  # (T,) float32, daily volatility
+
+
+class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
+    r"""
+    Turns daily bars into normalised causal features, and forecasts into dates and prices.
+
+    Each column is centred and scaled by statistics of the training split, then clipped; they are kept in
+    `preprocessor_config.json`. Prices never leave this class: what the network sees does not change when all prices
+    are multiplied by a constant.
+
+    Args:
+        feature_names (`list[str]`, *optional*): registered indicators, in the order of the columns; all by default.
+        normalization (`str`, defaults to `"robust"`): statistics that `fit` takes, as scikit-learn's scalers do:
+            `"robust"` (median; interquartile range over that of a unit normal), `"standard"` (mean; standard
+            deviation), `"minmax"` (to [-1, 1]).
+        center (`list[float]`, *optional*): (F,) fitted; subtracted.
+        spread (`list[float]`, *optional*): (F,) fitted; divided by.
+        clip (`float`, defaults to 5.0): bound of the normalised values, in spreads.
+        context_length (`int`, defaults to 64): bars T that `__call__` gives the network.
+        calendar (`str`, defaults to `"XNYS"`): exchange_calendars code of the sessions that horizons count.
+    """
+
+    model_input_names = ["past_values", "attention_mask", "scale"]
+
+    def __init__(
+        self,
+        feature_names: list[str] | None = None,
+        normalization: str = "robust",
+        center: list[float] | None = None,
+        spread: list[float] | None = None,
+        clip: float = 5.0,
+        context_length: int = 64,
+        calendar: str = "XNYS",
+        **kwargs,
+    ):
+        if normalization not in _STATISTICS:
+            raise ValueError(f"normalization must be one of {', '.join(_STATISTICS)}, got {normalization!r}")
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
+        self.feature_names = list(INDICATORS) if feature_names is None else list(feature_names)
+        self.normalization = normalization
+        self.center = center
+        self.spread = spread
+        self.clip = clip
+        self.context_length = context_length
+        self.calendar = calendar
+        super().__init__(**kwargs)
+
+    @property
+    def min_history(self) -> int:
+        """Bars a ticker needs before it can be forecast."""
+        return self.context_length + VOLATILITY_BARS
+
+    def compute_features(self, prices: pd.DataFrame) -> pd.DataFrame:
+        """Computes the columns, before normalisation.
+
+        Args:
+            prices: the price table (see `validate_prices`).
+
+        Returns:
+            One row per bar: `ticker, date, <feature_names>`, float64, NaN where undefined.
+        """
+        frames = []
+        tickers = validate_prices(prices).groupby("ticker", sort=False)
+        for ticker, bars in logging.tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
+            columns = pd.DataFrame(compute_indicators(bars, self.feature_names), columns=self.feature_names)
+            columns.insert(0, "ticker", ticker)
+            columns.insert(1, "date", bars["date"].to_numpy())
+            frames.append(columns)
+        return pd.concat(frames, ignore_index=True)
+
+    def fit(self, features: pd.DataFrame) -> "SpaceExploreFeatureExtractor":
+        """Takes the statistics of normalisation from `compute_features` rows, which must be those of the training
+        split alone. Undefined values are left out; a column without any spread is only centred."""
+        values = features[self.feature_names].to_numpy()
+        empty = np.isnan(values).all(axis=0)
+        if empty.any():
+            raise ValueError(f"feature {self.feature_names[int(empty.argmax())]!r} has no value in the training split")
+        center, spread = _STATISTICS[self.normalization](values)
+        self.center = center.tolist()
+        self.spread = np.where(spread > 0, spread, 1.0).tolist()
+        return self
+
+    def encode(self, prices: pd.DataFrame, features: pd.DataFrame | None = None) -> list[EncodedSeries]:
+        """Prepares whole histories, from which windows are cut.
+
+        Args:
+            prices: the price table.
+            features: what `compute_features(prices)` gave, to spare its second computation.
+
+        Returns:
+            One series per ticker, in the order of the table; tickers whose volatility is never known are left out.
+        """
+        if self.center is None:
+            raise ValueError("the feature extractor has no statistics yet: call fit on the training split first")
+        prices = validate_prices(prices)
+        features = self.compute_features(prices) if features is None else features
+        normalized = (features[self.feature_names].to_numpy() - np.array(self.center)) / np.array(self.spread)
+        values = normalized.clip(-self.clip, self.clip).astype(np.float32)
+        series = []
+        for ticker, bars in prices.groupby("ticker", sort=False):
+            known = bars.iloc[VOLATILITY_BARS:]
+            if len(known):
+                scale = ewma_volatility(bars["close"], min_periods=VOLATILITY_BARS).to_numpy(np.float32)
+                dates, close = known["date"].to_numpy(), known["close"].to_numpy()
+                rows = values[known.index[0] : known.index[-1] + 1]
+                series.append(EncodedSeries(ticker, dates, close, rows, scale[VOLATILITY_BARS:]))
+        return series
+
+    def __call__(
+        self, prices: pd.DataFrame, as_of: str | pd.Timestamp | None = None, return_tensors: str | None = "pt"
+    ) -> BatchFeature:
+        """Cuts each ticker's newest context.
+
+        Args:
+            prices: the price table; every ticker needs `min_history` bars.
+            as_of: newest date to use; the end of the table by default.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            `past_values` (B, T, F), `attention_mask` (B, T), `scale` (B, T); B tickers in sorted order.
+        """
+        prices = self.history(prices, as_of)
+        contexts = [(s.values[-self.context_length :], s.scale[-self.context_length :]) for s in self.encode(prices)]
+        batch = {
+            "past_values": np.stack([values for values, _ in contexts]),
+            "attention_mask": np.ones((len(contexts), self.context_length), dtype=np.int64),
+            "scale": np.stack([scale for _, scale in contexts]),
+        }
+        return BatchFeature(batch, tensor_type=return_tensors)
+
+    def history(self, prices: pd.DataFrame, as_of: str | pd.Timestamp | None = None) -> pd.DataFrame:
+        """The price table up to `as_of`, every ticker of it long enough to be forecast, else a ValueError."""
+        prices = validate_prices(prices)
+        tickers = prices["ticker"].unique()
+        if as_of is not None:
+            prices = prices[prices["date"] <= parse_date(as_of)]
+        bars = prices.groupby("ticker").size().reindex(tickers, fill_value=0)
+        if (bars < self.min_history).any():
+            ticker = bars.index[bars < self.min_history][0]
+            until = "" if as_of is None else f" up to {parse_date(as_of).date()}"
+            raise ValueError(
+                f"{ticker} has {bars[ticker]} bars{until}; a forecast needs {self.min_history} "
+                f"({self.context_length} of context and {VOLATILITY_BARS} to know the volatility)"
+            )
+        return prices.reset_index(drop=True)
+
+    def decode(
+        self, outputs, prices: pd.DataFrame, config, as_of: str | pd.Timestamp | None = None, unit: str = "price"
+    ) -> pd.DataFrame:
+        """Turns the network's outputs for `self(prices, as_of)` into a dated forecast table.
+
+        Args:
+            outputs: with `mean` (B, T, H) and `quantiles` (B, T, H, Q), log-returns.
+            prices: the price table that was encoded.
+            config: the model's configuration, for `horizons` and `quantile_levels`.
+            as_of: as given to `__call__`.
+            unit: "price", in the currency of `prices`, or "log_return", from the close at `cutoff`.
+
+        Returns:
+            `ticker, cutoff, date, horizon, mean, q0.05 … q0.95, p_up`. In prices the quantiles are exact, being
+            monotone; `mean` is then the price of the mean log-return.
+        """
+        if unit not in ("price", "log_return"):
+            raise ValueError(f"unit must be 'price' or 'log_return', got {unit!r}")
+        newest = self.history(prices, as_of).groupby("ticker", sort=False).tail(1)
+        origins = newest.rename(columns={"date": "cutoff"})[["ticker", "cutoff", "close"]].reset_index(drop=True)
+        table = self.forecast_table(origins, outputs.mean[:, -1], outputs.quantiles[:, -1], config)
+        if unit == "price":
+            close = origins["close"].repeat(len(config.horizons)).to_numpy()
+            columns = ["mean", *quantile_columns(config.quantile_levels)]
+            table[columns] = np.exp(table[columns]).mul(close, axis=0)
+        return table
+
+    def forecast_table(self, origins: pd.DataFrame, mean, quantiles, config) -> pd.DataFrame:
+        """Lays forecasts out as the long table `ticker, cutoff, date, horizon, mean, q0.05 … q0.95, p_up`.
+
+        Args:
+            origins: (N,) rows `ticker, cutoff`.
+            mean: (N, H) log-returns from the close at the cutoff.
+            quantiles: (N, H, Q) log-returns, increasing in Q.
+            config: the model's configuration, for `horizons` and `quantile_levels`.
+        """
+        horizons, levels = list(config.horizons), list(config.quantile_levels)
+        mean, quantiles = (torch.as_tensor(x).float().cpu().numpy().astype(np.float64) for x in (mean, quantiles))
+        table = origins[["ticker", "cutoff"]].loc[origins.index.repeat(len(horizons))].reset_index(drop=True)
+        table["date"] = following_sessions(self.calendar, origins["cutoff"], horizons).reshape(-1)
+        table["horizon"] = np.tile(horizons, len(origins))
+        table["mean"] = mean.reshape(-1)
+        flat = quantiles.reshape(-1, len(levels))
+        table[quantile_columns(levels)] = flat
+        table["p_up"] = 1 - cumulative_probability(flat, levels, 0.0)
+        return table
+
+
+def quantile_columns(levels: list[float]) -> list[str]:
+    """Column names of quantile levels in a forecast table."""
+    return [f"q{level:g}" for level in levels]
+
+
+def cumulative_probability(quantiles: np.ndarray, levels: list[float], value: float) -> np.ndarray:
+    """Distribution function at `value`, linear between quantiles and flat beyond the outermost.
+
+    Args:
+        quantiles: (N, Q) increasing in Q.
+        levels: (Q,) increasing.
+        value: in the unit of the quantiles.
+
+    Returns:
+        (N,) probabilities within [levels[0], levels[-1]].
+    """
+    return np.array([np.interp(value, row, levels) for row in quantiles])
+
+
+def parse_date(value: str | pd.Timestamp) -> pd.Timestamp:
+    date = pd.to_datetime(value, errors="coerce")
+    if pd.isna(date):
+        raise ValueError(f"{value!r} is not a date")
+    return date
+
+
+def _robust(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low, median, high = np.nanquantile(values, [0.25, 0.5, 0.75], axis=0)
+    return median, (high - low) / 1.3489795  # interquartile range of a unit normal
+
+
+def _standard(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+
+
+def _minmax(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    return (high + low) / 2, (high - low) / 2
+
+
+_STATISTICS = {"robust": _robust, "standard": _standard, "minmax": _minmax}
+
+SpaceExploreFeatureExtractor.register_for_auto_class()

@@ -1,0 +1,80 @@
+"""From prices to an honest forecast in one command: trains a tiny model on real prices and judges it.
+
+    python scripts/quickstart.py [--tickers AAPL,MSFT] [--prices FILE_OR_DIR] [--num-train-epochs N]
+
+Without --prices it uses the embedded sample and needs no network. Writes outputs/quickstart/{model/,
+forecasts.parquet, metrics.json, forecast.png, predicted_vs_actual.png}.
+"""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+from transformers import Trainer
+from transformers.utils import logging
+
+from spaceexploreai.data.prices import load_prices, write_atomically, write_table
+from spaceexploreai.evaluation.metrics import format_scores, score
+from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
+from spaceexploreai.scripts.evaluate import forecast_range, scored_range, write_metrics
+from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint, summarize
+from spaceexploreai.train.arguments import command, parse_run, refuse
+from spaceexploreai.train.sft import save_checkpoint, train
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
+
+
+def train_tiny(args: argparse.Namespace) -> Trainer:
+    """Runs the tiny recipe; its checkpoints are scratch, only the best is kept."""
+    options = {"prices": args.prices, "tickers": args.tickers, "num_train_epochs": args.num_train_epochs}
+    argv = ["--config", str(RECIPE / "sft.yaml"), "--model_config", str(RECIPE / "config.json")]
+    for name, value in options.items():
+        argv += [] if value is None else [f"--{name}", str(value)]
+    with TemporaryDirectory() as scratch:
+        return train(*parse_run([*argv, "--output_dir", scratch]))
+
+
+def write_results(folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame) -> list[Path]:
+    """Writes tables and pictures; the forecast table holds the test range and the newest day alike."""
+    names = ("forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png")
+    table, metrics, fan, history = paths = [folder / name for name in names]
+    write_table(forecasts, table)
+    write_metrics(score(forecasts), metrics)
+    write_atomically(fan, plot_forecast(newest, prices, newest["ticker"].iloc[0]).savefig)
+    write_atomically(history, plot_predicted_vs_actual(forecasts).savefig)
+    return paths
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("--prices", help="folder of Yahoo-style CSVs, or a .parquet or .csv table; default: the sample")
+    parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
+    parser.add_argument("--num-train-epochs", type=float, help="default: as recipes/tiny/sft.yaml says")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()
+
+    prices = load_prices(args.prices, args.tickers)
+    print(f"[1/3] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)
+    trainer = train_tiny(args)
+    save_checkpoint(trainer, args.output_dir / "model")
+
+    model, extractor = load_checkpoint(args.output_dir / "model")
+    within = scored_range(model.config, prices, start=None, end=None)
+    print(f"[2/3] evaluating on {within.start.date()} to {within.end.date()}, which training never saw", flush=True)
+    forecasts = forecast_range(model, extractor, prices, within)
+
+    print("[3/3] forecasting the days after the newest bar", flush=True)
+    newest = forecast_newest(model, extractor, prices)
+    paths = write_results(args.output_dir, forecasts, newest, prices)
+
+    print(f"\n{format_scores(score(forecasts))}\n\n{summarize(newest)}\n")
+    for path in (args.output_dir / "model", *paths):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the command lines have in common: our arguments of a run, and how a user's mistake is reported."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments
+from trl import TrlParser
+
+
+@dataclass
+class ModelArguments:
+    model_config: str | None = field(default=None, metadata={"help": "config.json of a network to train from scratch"})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint folder to continue from"})
+
+
+@dataclass
+class DataArguments:
+    prices: str | None = field(
+        default=None,
+        metadata={"help": "folder of Yahoo-style CSVs, or a .parquet or .csv table; the embedded sample by default"},
+    )
+    tickers: str | None = field(default=None, metadata={"help": "comma-separated tickers; all by default"})
+    context_length: int = field(default=64, metadata={"help": "bars of a window"})
+    stride: int = field(default=16, metadata={"help": "bars between windows"})
+    normalization: str = field(default="robust", metadata={"help": "robust, standard or minmax"})
+    validation_fraction: float = field(default=0.1, metadata={"help": "share of the dates for choosing"})
+    test_fraction: float = field(default=0.1, metadata={"help": "share of the dates, the last, never touched here"})
+
+    def __post_init__(self):
+        for name in ("context_length", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be within (0, 1), got {getattr(self, name)}")
+
+
+def parse_run(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Reads `--config run.yaml` and the command line, which wins; a key that nobody reads is an error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[-1:] == ["--config"]:
+        raise ValueError("--config needs the path of a YAML file")
+    parser = TrlParser((ModelArguments, DataArguments, TrainingArguments))
+    parser.error = refuse
+    return parser.parse_args_and_config(argv)
+
+
+def refuse(message: str):
+    """Stands in for argparse's `error`, which would print the usage of all options too."""
+    raise ValueError(message)
+
+
+def command(main: Callable) -> Callable:
+    """Reports a user's mistake as one line `error: …` on standard error, with exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError, StrictDataclassError, yaml.YAMLError) as error:
+            # The strict configuration wraps the sentence that says what is wrong.
+            cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+            print(f"error: {' '.join(str(cause).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run
