@@ -16,7 +16,7 @@ quickstart: $(STAMP) ## train, evaluate and draw a forecast on the sample prices
 	$(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 # mlinter searches a directory recursively, .venv included: it is given the Hub files that its rules apply to.
 lint: $(STAMP) ## check style (ruff) and transformers' modeling conventions (mlinter)

@@ -15,11 +15,12 @@
 # limitations under the License.
 """SpaceExploreAI model configuration: every number the network needs, with its checks."""
 
+from itertools import pairwise
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
-
 
 # Complete before the first save: registration alone writes only the class that is saved.
 AUTO_MAP = {
@@ -137,7 +138,7 @@ class SpaceExploreConfig(PreTrainedConfig):
 
 
 def _is_increasing(numbers) -> bool:
-    return all(left < right for left, right in zip(numbers, numbers[1:]))
+    return all(left < right for left, right in pairwise(numbers))
 
 
 __all__ = ["SpaceExploreConfig"]

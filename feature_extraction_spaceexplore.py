@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub.utils import tqdm
 from transformers import BatchFeature, FeatureExtractionMixin
-from transformers.utils import logging
 
 from .indicators_spaceexplore import INDICATORS, compute_indicators, ewma_volatility
 
@@ -44,8 +44,9 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
     if prices.empty:
         raise ValueError("the price table is empty")
     table = prices[TABLE_COLUMNS].reset_index(drop=True)
-    if table["ticker"].isna().any():
-        raise ValueError(f"row {int(table['ticker'].isna().idxmax())} of the price table has no ticker")
+    nameless = table["ticker"].isna() | (table["ticker"] == "")
+    if nameless.any():
+        raise ValueError(f"row {int(nameless.idxmax())} of the price table has no ticker")
     table["ticker"] = table["ticker"].astype(str)
     table["date"] = _dates(table)
     table = table.sort_values("ticker", kind="stable", ignore_index=True)
@@ -57,10 +58,12 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dates(table: pd.DataFrame) -> pd.Series:
-    dates = pd.to_datetime(table["date"], errors="coerce")
+    # pandas would read numbers as nanoseconds since 1970.
+    numeric = pd.api.types.is_numeric_dtype(table["date"])
+    dates = pd.to_datetime(table["date"].astype(str) if numeric else table["date"], errors="coerce")
     if dates.isna().any():
         row = table.loc[dates.isna().idxmax()]
-        raise ValueError(f"{row['ticker']}: {row['date']!r} is not a date")
+        raise ValueError(f"{row['ticker']}: {str(row['date'])!r} is not a date")
     return dates.dt.tz_localize(None).dt.normalize().astype("datetime64[ns]")
 
 
@@ -204,7 +207,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         """
         frames = []
         tickers = validate_prices(prices).groupby("ticker", sort=False)
-        for ticker, bars in logging.tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
+        for ticker, bars in tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
             columns = pd.DataFrame(compute_indicators(bars, self.feature_names), columns=self.feature_names)
             columns.insert(0, "ticker", ticker)
             columns.insert(1, "date", bars["date"].to_numpy())
@@ -324,7 +327,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             config: the model's configuration, for `horizons` and `quantile_levels`.
         """
         horizons, levels = list(config.horizons), list(config.quantile_levels)
-        mean, quantiles = (torch.as_tensor(x).float().cpu().numpy().astype(np.float64) for x in (mean, quantiles))
+        mean, quantiles = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (mean, quantiles))
         table = origins[["ticker", "cutoff"]].loc[origins.index.repeat(len(horizons))].reset_index(drop=True)
         table["date"] = following_sessions(self.calendar, origins["cutoff"], horizons).reshape(-1)
         table["horizon"] = np.tile(horizons, len(origins))

@@ -1,9 +1,9 @@
 # Copyright 2026 The SpaceExploreAI contributors. Licensed under the MIT License.
 """The indicator registry: every column the network may see, each causal and without a unit.
 
-A column is a function of one ticker's bars, a frame with `date, open, high, low, close, volume`, oldest first, and gives
-one number per bar that knows that bar and those before it. Prices are divided by prices and returns by the volatility
-of their own day, so that a column means the same for every ticker and decade.
+A column is a function of one ticker's bars, a frame with `date, open, high, low, close, volume`, oldest first, and
+gives one number per bar that knows that bar and those before it. Prices are divided by prices and returns by the
+volatility of their own day, so that a column means the same for every ticker and decade.
 
     @indicator("momentum", windows=(5, 20))
     def median_return(bars, window):
@@ -101,8 +101,8 @@ def _library(result: pd.Series | pd.DataFrame | None, bars: pd.DataFrame, column
     return result if column is None else result[column]
 
 
-# pandas-ta-classic takes TA-Lib's values when that is installed; they differ during warm-up, so a model would see other
-# inputs on another machine. Hence talib=False wherever the library has the choice.
+# pandas-ta-classic takes TA-Lib's values when that is installed; they differ during warm-up, so a model would see
+# other inputs on another machine. Hence talib=False wherever the library has the choice.
 
 
 # --- price: the shape of the day's bar ---

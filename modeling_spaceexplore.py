@@ -280,7 +280,9 @@ class SpaceExploreAttention(nn.Module):
             self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = SpaceExploreRMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias
+        )
         self.kv_a_layernorm = SpaceExploreRMSNorm(config.kv_lora_rank)
         kv_width = self.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, kv_width, bias=False)
@@ -418,7 +420,6 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self):
         """None: time steps are projected, not looked up. FSDP asks every model for it."""
-        return None
 
 
 @auto_docstring

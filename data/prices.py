@@ -3,7 +3,9 @@
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,11 @@ def _check_known(tickers: Sequence[str] | None, available: Sequence[str], path: 
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_prices(path: str | None, tickers: str | None) -> pd.DataFrame:
+    """What a command line's `--prices` and `--tickers` name: see `read_prices`, `parse_tickers`; else the sample."""
+    return read_prices(path or SAMPLE_PATH, None if tickers is None else parse_tickers(tickers))
 
 
 def read_sample(tickers: Sequence[str] | None = None) -> pd.DataFrame:
@@ -273,28 +280,40 @@ def _splits(bars: pd.DataFrame, factor: pd.Series) -> list[tuple[int, int, float
 
 
 def write_table(frame: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Writes a table as `.parquet` or `.csv`, whole or not at all; missing folders are created.
+    """Writes a table as `.parquet` or `.csv`; see `write_atomically`.
 
     Raises:
         ValueError: another suffix.
         OSError: the target cannot be written.
     """
+    check_suffix(path, ".parquet", ".csv")
+    write = frame.to_parquet if Path(path).suffix == ".parquet" else frame.to_csv
+    write_atomically(path, partial(write, index=False))
+
+
+def check_suffix(path: str | os.PathLike, *suffixes: str) -> None:
+    """Refuses a target of another kind; for command lines, before the work that would fill it."""
+    if Path(path).suffix not in suffixes:
+        raise ValueError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a path of the same suffix beside `path` and moves the result there: whole or not at all.
+
+    Missing folders are created.
+
+    Raises:
+        OSError: the target cannot be written.
+    """
     path = Path(path)
-    if path.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"cannot write {path}: {path.suffix!r} is neither .parquet nor .csv")
+    # In the target's own folder: os.replace is atomic only within a file system.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_replace(frame, path)
+        write(temporary)
+        os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _write_and_replace(frame: pd.DataFrame, path: Path) -> None:
-    # In the target's own folder: os.replace is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write = frame.to_parquet if path.suffix == ".parquet" else frame.to_csv
-        write(temporary, index=False)
-        os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that is none; the reason has been given
+            temporary.unlink()

@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+
 from spaceexploreai.indicators_spaceexplore import ewma_volatility
 
 BASELINES = ("zero", "drift", "ewma")
@@ -126,8 +127,10 @@ def _running_statistics(prices: pd.DataFrame) -> pd.DataFrame:
 
 def _standardised_returns(past: pd.DataFrame, horizon: int) -> np.ndarray:
     """(P,) h-day log-returns in units of volatility·sqrt(h), of which origin and target lie in `past`."""
-    returns = past.groupby("ticker")["log_close"].shift(-horizon) - past["log_close"]
-    pool = (returns / (past["volatility"] * math.sqrt(horizon))).dropna().to_numpy()
+    origin = past.groupby("ticker")[["log_close", "volatility"]].shift(horizon)
+    pool = (
+        ((past["log_close"] - origin["log_close"]) / (origin["volatility"] * math.sqrt(horizon))).dropna().to_numpy()
+    )
     return pool if len(pool) >= MIN_POOL else _UNIT_NORMAL
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+
 from spaceexploreai.evaluation.baselines import BASELINES, quantile_columns, quantile_levels, require_columns
 
 MIN_TICKERS = 10  # a cross-section smaller than this has no meaningful rank correlation

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+
 from spaceexploreai.evaluation.baselines import quantile_columns, require_columns
 
 DPI = 150

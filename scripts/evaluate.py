@@ -7,21 +7,20 @@ Forecasts from every trading day between --start and --end, writes the forecast 
 default it starts after the last date that any choice of the training was made on.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import pandas as pd
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.data.prices import load_prices, write_atomically, write_table
+from spaceexploreai.data.prices import check_suffix, load_prices, write_atomically, write_table
 from spaceexploreai.data.windows import DateRange, forecast_windows
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import add_outcomes, format_scores, score
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor, parse_date
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.scripts.forecast import load_checkpoint, predict
-from spaceexploreai.train.arguments import command, refuse
+from spaceexploreai.train.arguments import command, make_parser
 
 
 def scored_range(
@@ -69,17 +68,15 @@ def write_metrics(scores: pd.DataFrame, path: str | Path) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
-    parser.add_argument("--prices", help="folder of Yahoo-style CSVs, or a .parquet or .csv table; default: the sample")
-    parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
     parser.add_argument("--start", help="first cutoff (YYYY-MM-DD); default: after everything the training saw")
     parser.add_argument("--end", help="last cutoff (YYYY-MM-DD); default: the newest bar")
     parser.add_argument("--allow-in-sample", action="store_true", help="score dates the model was trained on")
     parser.add_argument("--output", required=True, help="forecast table to write, .parquet or .csv")
     args = parser.parse_args(argv)
 
+    check_suffix(args.output, ".parquet", ".csv")
     prices = load_prices(args.prices, args.tickers)
     model, extractor = load_checkpoint(args.model)
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)

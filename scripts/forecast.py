@@ -2,11 +2,9 @@
 
     python scripts/forecast.py --model DIR (--tickers AAPL | --prices FILE_OR_DIR) [--as-of DATE] [--output FILE]
 
-Prints, and with --output writes, the forecast table: log-returns from the close at `cutoff`, naive forecasts beside the
-model's. Without --prices the tickers are those of the embedded sample.
+Prints, and with --output writes, the forecast table: log-returns from the close at `cutoff`, naive forecasts beside
+the model's. Without --prices the tickers are those of the embedded sample.
 """
-
-import argparse
 
 import pandas as pd
 import torch
@@ -14,13 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.prices import load_prices, write_atomically, write_table
+from spaceexploreai.data.prices import check_suffix, load_prices, write_atomically, write_table
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import add_outcomes
 from spaceexploreai.evaluation.plots import plot_forecast
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.train.arguments import command, refuse
+from spaceexploreai.train.arguments import command, make_parser
 
 
 def load_checkpoint(folder: str) -> tuple[SpaceExploreForRegression, SpaceExploreFeatureExtractor]:
@@ -71,17 +69,18 @@ def summarize(forecasts: pd.DataFrame) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
-    parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
-    parser.add_argument("--prices", help="folder of Yahoo-style CSVs, or a .parquet or .csv table")
     parser.add_argument("--as-of", help="forecast as if this date (YYYY-MM-DD) were the newest")
     parser.add_argument("--output", help="write the forecast table here, .parquet or .csv")
     parser.add_argument("--plot", help="draw the first ticker's fan chart here, .png")
     args = parser.parse_args(argv)
     if args.tickers is None and args.prices is None:
         raise ValueError("give --tickers, --prices or both")
+    if args.output:
+        check_suffix(args.output, ".parquet", ".csv")
+    if args.plot:
+        check_suffix(args.plot, ".png")
 
     prices = load_prices(args.prices, args.tickers)
     forecasts = forecast_newest(*load_checkpoint(args.model), prices, args.as_of)

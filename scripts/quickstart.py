@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
+import torch
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -19,7 +20,7 @@ from spaceexploreai.evaluation.metrics import format_scores, score
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range, write_metrics
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint, summarize
-from spaceexploreai.train.arguments import command, parse_run, refuse
+from spaceexploreai.train.arguments import command, make_parser, parse_run
 from spaceexploreai.train.sft import save_checkpoint, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
@@ -48,14 +49,14 @@ def write_results(folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, p
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser.add_argument("--prices", help="folder of Yahoo-style CSVs, or a .parquet or .csv table; default: the sample")
-    parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
+    parser = make_parser(__doc__)
     parser.add_argument("--num-train-epochs", type=float, help="default: as recipes/tiny/sft.yaml says")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
     args = parser.parse_args(argv)
+    # The tiny network's matrices are too small to share: on a busy machine a second thread makes it wait fivefold.
+    torch.set_num_threads(1)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of weights being read and written, thousands a second
 
     prices = load_prices(args.prices, args.tickers)
     print(f"[1/3] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+
 from spaceexploreai.evaluation.baselines import BASELINES, add_baselines, quantile_columns, quantile_levels
 from spaceexploreai.indicators_spaceexplore import ewma_volatility
 

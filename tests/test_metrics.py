@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm, spearmanr
 from sklearn.metrics import mean_absolute_error, mean_pinball_loss, mean_squared_error, root_mean_squared_error
+
 from spaceexploreai.evaluation import metrics
 from spaceexploreai.evaluation.baselines import BASELINES, quantile_columns
 

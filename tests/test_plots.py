@@ -7,6 +7,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.stats import norm
+
 from spaceexploreai.evaluation import plots
 from spaceexploreai.evaluation.baselines import add_baselines, quantile_columns
 

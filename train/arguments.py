@@ -1,5 +1,6 @@
 """What the command lines have in common: our arguments of a run, and how a user's mistake is reported."""
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 from trl import TrlParser
 
@@ -21,7 +23,7 @@ class ModelArguments:
 class DataArguments:
     prices: str | None = field(
         default=None,
-        metadata={"help": "folder of Yahoo-style CSVs, or a .parquet or .csv table; the embedded sample by default"},
+        metadata={"help": "folder of Yahoo-style CSVs, .parquet or .csv table; the embedded sample by default"},
     )
     tickers: str | None = field(default=None, metadata={"help": "comma-separated tickers; all by default"})
     context_length: int = field(default=64, metadata={"help": "bars of a window"})
@@ -45,11 +47,26 @@ def parse_run(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataAr
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a YAML file")
     parser = TrlParser((ModelArguments, DataArguments, TrainingArguments))
-    parser.error = refuse
-    return parser.parse_args_and_config(argv)
+    parser.error = _refuse
+    model_args, data_args, training_args = parser.parse_args_and_config(argv)
+    if (model_args.model_config is None) == (model_args.model_name_or_path is None):
+        raise ValueError(
+            "give one of model_config (to train from scratch) and model_name_or_path (to continue), "
+            f"got {model_args.model_config} and {model_args.model_name_or_path}"
+        )
+    return model_args, data_args, training_args
 
 
-def refuse(message: str):
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for the scripts, with the two options that name the data."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse
+    parser.add_argument("--prices", help="folder of Yahoo-style CSVs, .parquet or .csv table; default: the sample")
+    parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
+    return parser
+
+
+def _refuse(message: str):
     """Stands in for argparse's `error`, which would print the usage of all options too."""
     raise ValueError(message)
 
@@ -61,7 +78,7 @@ def command(main: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError, StrictDataclassError, yaml.YAMLError) as error:
+        except (ValueError, OSError, StrictDataclassError, SafetensorError, yaml.YAMLError) as error:
             # The strict configuration wraps the sentence that says what is wrong.
             cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
             print(f"error: {' '.join(str(cause).split())}", file=sys.stderr)

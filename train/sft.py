@@ -23,8 +23,6 @@ from spaceexploreai.train.arguments import DataArguments, ModelArguments, comman
 
 def make_config(model_args: ModelArguments, extractor: SpaceExploreFeatureExtractor) -> SpaceExploreConfig:
     """Reads the network's configuration: of the checkpoint to continue from, or of the recipe."""
-    if (model_args.model_config is None) == (model_args.model_name_or_path is None):
-        raise ValueError("give one of model_config (to train from scratch) and model_name_or_path (to continue)")
     if model_args.model_name_or_path is not None:
         config = SpaceExploreConfig.from_pretrained(model_args.model_name_or_path)
     else:
@@ -46,9 +44,7 @@ def make_extractor(model_args: ModelArguments, data_args: DataArguments) -> Spac
     """A checkpoint keeps its columns and their statistics; otherwise all columns, to be fitted."""
     if model_args.model_name_or_path is not None:
         return SpaceExploreFeatureExtractor.from_pretrained(model_args.model_name_or_path)
-    return SpaceExploreFeatureExtractor(
-        normalization=data_args.normalization, context_length=data_args.context_length
-    )
+    return SpaceExploreFeatureExtractor(normalization=data_args.normalization, context_length=data_args.context_length)
 
 
 def make_model(
@@ -67,9 +63,7 @@ def make_model(
 def make_datasets(data_args: DataArguments, extractor: SpaceExploreFeatureExtractor, horizons: list[int]):
     """Prices to the split and its training and validation windows; fits the extractor on training dates alone."""
     prices = load_prices(data_args.prices, data_args.tickers)
-    split = chronological_split(
-        prices["date"], horizons[-1], data_args.validation_fraction, data_args.test_fraction
-    )
+    split = chronological_split(prices["date"], horizons[-1], data_args.validation_fraction, data_args.test_fraction)
     features = extractor.compute_features(prices)
     if extractor.center is None:
         extractor.fit(features[features["date"] <= split.train.end])

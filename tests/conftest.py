@@ -1,0 +1,62 @@
+"""What several test files need: no network, small synthetic markets, one checkpoint trained for a few steps."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test that asks the Hub must fail at once
+
+from pathlib import Path
+
+import exchange_calendars
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from spaceexploreai.data.prices import write_table
+from spaceexploreai.train.arguments import parse_run
+from spaceexploreai.train.sft import save_checkpoint, train
+
+torch.set_num_threads(1)  # two test processes on two cores
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
+
+
+def make_market(tickers: int = 3, days: int = 400, seed: int = 0, momentum: float = 0.0) -> pd.DataFrame:
+    """A price table of random walks on NYSE sessions; `momentum` is the autocorrelation of daily returns."""
+    generator = np.random.default_rng(seed)
+    dates = exchange_calendars.get_calendar("XNYS", start="2005-01-01", end="2020-12-31").sessions[:days]
+    frames = []
+    for which in range(tickers):
+        shocks = generator.normal(0, 0.02 * (1 + which), days)
+        returns = np.zeros(days)
+        for day in range(1, days):
+            returns[day] = momentum * returns[day - 1] + shocks[day]
+        close = 50 * np.exp(returns.cumsum())
+        open_ = close * np.exp(generator.normal(0, 0.005, days))
+        high = np.maximum(open_, close) * np.exp(np.abs(generator.normal(0, 0.004, days)))
+        low = np.minimum(open_, close) * np.exp(-np.abs(generator.normal(0, 0.004, days)))
+        bars = {"date": dates, "open": open_, "high": high, "low": low, "close": close}
+        frames.append(pd.DataFrame({"ticker": f"T{which}", **bars, "volume": generator.integers(1e5, 1e6, days)}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def tiny_run(output_dir: Path, *options: str) -> list[str]:
+    """Command line of the tiny recipe, from any folder and for a few steps."""
+    recipe = ["--config", str(RECIPE / "sft.yaml"), "--model_config", str(RECIPE / "config.json")]
+    steps = ["--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    return [*recipe, *steps, "--disable_tqdm", "true", "--output_dir", str(output_dir), *options]
+
+
+@pytest.fixture(scope="session")
+def market(tmp_path_factory) -> Path:
+    """The file of a synthetic price table."""
+    path = tmp_path_factory.mktemp("market") / "market.parquet"
+    write_table(make_market(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, market) -> Path:
+    """A checkpoint folder of the tiny recipe after a few steps on the synthetic market."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(train(*parse_run(tiny_run(folder, "--prices", str(market)))), folder)
+    return folder

@@ -1,0 +1,320 @@
+"""The command lines: what they write, what they refuse, and that a refusal writes nothing."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import RECIPE, tiny_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spaceexploreai.data.prices import read_prices, write_table
+from spaceexploreai.data.windows import DateRange
+from spaceexploreai.scripts import evaluate, forecast, quickstart
+from spaceexploreai.scripts.evaluate import forecast_range
+from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
+from spaceexploreai.train import sft
+
+QUANTILES = [f"q{level:g}" for level in np.arange(1, 20) / 20]
+TABLE = ["ticker", "cutoff", "date", "horizon", "mean", *QUANTILES, "p_up", "y"]
+
+
+# --- forecast ---
+
+
+def test_forecast_writes_the_table_of_the_newest_day(tmp_path, checkpoint, market, capsys):
+    output, plot = tmp_path / "new" / "forecast.parquet", tmp_path / "fan.png"
+    forecast.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output), "--plot", str(plot)])
+    table = pd.read_parquet(output)
+    assert [column for column in table.columns if "_" not in column or column == "p_up"] == TABLE
+    assert {"zero_mean", "drift_q0.05", "ewma_q0.95", "ewma_p_up"} <= set(table.columns)
+    assert table["cutoff"].eq(read_prices(market)["date"].max()).all()
+    assert table["y"].isna().all()
+    assert list(table["horizon"]) == [1, 2, 5, 10] * 3
+    assert (table[QUANTILES].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "naive 95 %" in capsys.readouterr().out
+
+
+def test_forecast_as_of_a_past_day_knows_the_outcome_and_nothing_else(tmp_path, checkpoint, market):
+    prices = read_prices(market)
+    day = prices["date"].unique()[-30]
+    output = tmp_path / "forecast.csv"
+    run = ["--model", str(checkpoint), "--prices", str(market), "--as-of", f"{day:%Y-%m-%d}", "--tickers", "t1"]
+    forecast.main([*run, "--output", str(output)])
+    table = pd.read_csv(output, parse_dates=["cutoff", "date"])
+    close = prices[prices["ticker"] == "T1"].set_index("date")["close"]
+    np.testing.assert_allclose(table["y"], np.log(close[table["date"]].to_numpy() / close[day]))
+    cut = forecast_newest(*load_checkpoint(checkpoint), prices[(prices.date <= day) & (prices.ticker == "T1")])
+    np.testing.assert_allclose(table[QUANTILES], cut[QUANTILES], rtol=1e-6)
+
+
+def test_forecast_without_prices_takes_the_sample(checkpoint, capsys):
+    forecast.main(["--model", str(checkpoint), "--tickers", "AAPL,MSFT"])
+    shown = capsys.readouterr().out
+    assert "AAPL 2013-03-01 2013-03-04" in shown
+    assert "IBM" not in shown
+
+
+# --- causality of forecasts ---
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(back=st.integers(1, 60), ticker=st.sampled_from(["T0", "T1", "T2"]), factor=st.floats(0.3, 3.0))
+def test_a_bar_changes_no_forecast_at_an_earlier_cutoff(checkpoint, market, back, ticker, factor):
+    """Every bar after a day changes; forecasts from that day and those before stay, to the last bit."""
+    model, extractor = load_checkpoint(checkpoint)
+    prices = read_prices(market)
+    days = prices["date"].unique()
+    day = days[-1 - back]
+    changed = prices.copy()
+    later = (changed["date"] > day) & (changed["ticker"] == ticker)
+    changed.loc[later, ["open", "high", "low", "close"]] *= factor
+    changed.loc[later, "volume"] += 12345
+    newest = [forecast_newest(model, extractor, table, as_of=day) for table in (prices, changed)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="y") for table in newest), check_exact=True)
+    within = DateRange(days[-66], day)
+    ranges = [forecast_range(model, extractor, table, within) for table in (prices, changed)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="y") for table in ranges), check_exact=True)
+
+
+# --- evaluate ---
+
+
+def test_evaluate_starts_after_everything_the_training_saw(tmp_path, checkpoint, market):
+    output = tmp_path / "forecasts.parquet"
+    evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output)])
+    table = pd.read_parquet(output)
+    config = json.loads((checkpoint / "config.json").read_text())
+    days = read_prices(market)["date"].unique()
+    assert set(table["cutoff"]) == set(days[days > pd.Timestamp(config["selection_cutoff"])])
+    assert table.loc[table["cutoff"] == days[-1], "y"].isna().all()
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(report) == {"1", "2", "5", "10"}
+    scored = table[(table["horizon"] == 5) & table["y"].notna()]
+    assert report["5"]["n"]["model"] == len(scored)
+    assert report["5"]["mse"]["model"] == pytest.approx(((scored["mean"] - scored["y"]) ** 2).mean())
+    assert report["5"]["mse"]["zero"] == pytest.approx((scored["y"] ** 2).mean())
+    assert report["5"]["rank_ic"]["model"] is None
+
+
+def test_evaluate_and_forecast_agree_on_the_newest_day(tmp_path, checkpoint, market):
+    output = tmp_path / "forecasts.parquet"
+    evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output)])
+    table = pd.read_parquet(output)
+    newest = forecast_newest(*load_checkpoint(checkpoint), read_prices(market))
+    last = table[table["cutoff"] == table["cutoff"].max()]
+    np.testing.assert_allclose(last[["mean", *QUANTILES]], newest[["mean", *QUANTILES]], rtol=1e-4, atol=1e-6)
+
+
+def test_evaluate_scores_training_dates_only_when_told_to(tmp_path, checkpoint, market):
+    output = tmp_path / "forecasts.parquet"
+    run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(output), "--start", "2005-09-01"]
+    evaluate.main([*run, "--allow-in-sample"])
+    assert pd.read_parquet(output)["cutoff"].min() == pd.Timestamp("2005-09-01")
+
+
+# --- quickstart ---
+
+
+def test_quickstart_writes_all_it_names(tmp_path, market, capsys):
+    run = ["--prices", str(market), "--tickers", "T0,T1", "--num-train-epochs", "1"]
+    quickstart.main([*run, "--output-dir", str(tmp_path)])
+    names = {"model", "forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert set(pd.read_parquet(tmp_path / "forecasts.parquet")["ticker"]) == {"T0", "T1"}
+    shown = capsys.readouterr().out
+    assert all(f"wrote {tmp_path / name}" in shown for name in names)
+    load_checkpoint(tmp_path / "model")
+
+
+# --- mistakes ---
+
+
+def csv_with(folder: Path, change) -> str:
+    """A price file in which `change` has broken the middle bar of T0."""
+    bars = pd.DataFrame(
+        {
+            "ticker": "T0",
+            "date": pd.bdate_range("2020-01-01", periods=120).strftime("%Y-%m-%d"),
+            **{"open": 10.0, "high": 11.0, "low": 9.0, "close": 10.5, "volume": 1000.0},
+        }
+    ).astype({column: object for column in ("open", "high", "low", "close", "volume")})
+    path = folder / "broken.csv"
+    change(bars).to_csv(path, index=False)
+    return str(path)
+
+
+def with_value(column, value):
+    return lambda bars: bars.assign(**{column: bars[column].where(bars.index != 60, value)})
+
+
+BROKEN_PRICES = {
+    "zero price": (with_value("close", 0.0), "T0 2020-03-25: close 0"),
+    "negative price": (with_value("low", -9.0), "T0 2020-03-25: low -9"),
+    "missing price": (with_value("open", None), "T0 2020-03-25: open nan"),
+    "infinite price": (with_value("high", "inf"), "T0 2020-03-25: high inf"),
+    "text for a number": (with_value("close", "n/a?"), "n/a?"),
+    "high below low": (with_value("high", 8.0), "T0 2020-03-25: high 8"),
+    "close above high": (with_value("close", 99.0), "T0 2020-03-25: close 99"),
+    "open below low": (with_value("open", 1.0), "T0 2020-03-25: open 1"),
+    "negative volume": (with_value("volume", -5.0), "T0 2020-03-25: volume -5"),
+    "no date": (with_value("date", "yesterday"), "yesterday"),
+    "repeated date": (with_value("date", "2020-03-24"), "2020-03-24"),
+    "unsorted dates": (lambda bars: bars.iloc[::-1], "T0 2020-06-15"),
+    "missing column": (lambda bars: bars.drop(columns="volume"), "'volume'"),
+    "empty table": (lambda bars: bars.iloc[:0], "broken.csv"),
+    "one bar": (lambda bars: bars.iloc[:1], "T0 has 1 bars"),
+    "history shorter than the context": (lambda bars: bars.iloc[:83], "T0 has 83 bars"),
+}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a command line in an empty folder and returns its one-line complaint."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, argv: list[str]) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        complaint = capsys.readouterr().err.splitlines()[-1]
+        assert exit_.value.code == 2
+        assert complaint.startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return complaint
+
+    return run
+
+
+@pytest.mark.parametrize("case", BROKEN_PRICES)
+def test_broken_prices_are_refused(refused, checkpoint, tmp_path, case):
+    change, named = BROKEN_PRICES[case]
+    prices = csv_with(tmp_path, change)
+    run = ["--model", str(checkpoint), "--prices", prices, "--output", "forecast.csv"]
+    assert named in refused(forecast.main, run)
+
+
+FORECAST_MISTAKES = {
+    "missing file": (["--prices", "nowhere.parquet"], "nowhere.parquet"),
+    "unknown suffix": (["--prices", "MARKET.txt"], "MARKET.txt"),
+    "unknown ticker": (["--prices", "MARKET", "--tickers", "ZZZ"], "'ZZZ'"),
+    "ticker not in the sample": (["--tickers", "TSLA"], "'TSLA'"),
+    "ticker that is a path": (["--prices", "MARKET", "--tickers", "../../x"], "'../../X'"),
+    "no ticker": (["--prices", "MARKET", "--tickers", ","], "','"),
+    "as-of before the data": (["--prices", "MARKET", "--as-of", "1999-01-01"], "1999-01-01"),
+    "as-of no date": (["--prices", "MARKET", "--as-of", "soon"], "'soon'"),
+    "neither tickers nor prices": ([], "--tickers"),
+    "output suffix": (["--prices", "MARKET", "--output", "forecast.xls"], "forecast.xls"),
+    "plot suffix": (["--prices", "MARKET", "--plot", "fan.doc"], "fan.doc"),
+    "unknown option": (["--prices", "MARKET", "--frobnicate"], "--frobnicate"),
+    "missing model": (["--prices", "MARKET", "--model", "no/model"], "no/model"),
+}
+
+
+@pytest.mark.parametrize("case", FORECAST_MISTAKES)
+def test_mistakes_of_forecast_are_refused(refused, checkpoint, market, tmp_path, case):
+    options, named = FORECAST_MISTAKES[case]
+    (tmp_path / "MARKET.txt").write_text("not a table")
+    options = [str(market) if option == "MARKET" else option for option in options]
+    assert named in refused(forecast.main, ["--model", str(checkpoint), *options])
+
+
+EVALUATE_MISTAKES = {
+    "dates of the training": (["--start", "2005-06-01"], "2005-06-01"),
+    "start after end": (["--start", "2006-07-03", "--end", "2006-07-01"], "2006-07-03"),
+    "start after the data": (["--start", "2030-01-01"], "2030-01-01"),
+    "start no date": (["--start", "soon"], "'soon'"),
+    "output suffix": (["--output", "forecasts.json"], "forecasts.json"),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATE_MISTAKES)
+def test_mistakes_of_evaluate_are_refused(refused, checkpoint, market, case):
+    options, named = EVALUATE_MISTAKES[case]
+    run = ["--model", str(checkpoint), "--prices", str(market), "--output", "forecasts.parquet", *options]
+    assert named in refused(evaluate.main, run)
+
+
+TRAINING_MISTAKES = {
+    "unknown option": (["--frobnicate", "3"], "--frobnicate"),
+    "missing recipe": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "recipe without a path": (["--config"], "--config"),
+    "missing network": (["--model_config", "nowhere.json"], "nowhere.json"),
+    "missing prices": (["--prices", "nowhere.csv"], "nowhere.csv"),
+    "context longer than the network's": (["--context_length", "999"], "999"),
+    "no context": (["--context_length", "0"], "0"),
+    "no such normalization": (["--normalization", "magic"], "'magic'"),
+    "test range too short": (["--test_fraction", "0.001"], "horizon of 10 days"),
+    "fraction beyond one": (["--validation_fraction", "1.5"], "1.5"),
+    "text for a number": (["--learning_rate", "fast"], "fast"),
+    "two sources of weights": (["--model_name_or_path", "some/model"], "some/model"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING_MISTAKES)
+def test_mistakes_of_training_are_refused(refused, market, tmp_path, case):
+    options, named = TRAINING_MISTAKES[case]
+    run = [] if "--config" in options else tiny_run(tmp_path / "model", "--prices", str(market))
+    assert named in refused(sft.main, [*run, *options])
+
+
+YAML_MISTAKES = {
+    "unknown key": ("learning_rat: 1", "learning_rat"),
+    "not YAML": ("{learning_rate", "recipe.yaml"),
+    "not a mapping": ("- 1", "recipe.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", YAML_MISTAKES)
+def test_mistakes_in_a_recipe_are_refused(refused, tmp_path, case):
+    text, named = YAML_MISTAKES[case]
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert named in refused(sft.main, ["--config", "recipe.yaml"])
+
+
+CONFIG_MISTAKES = {
+    "unknown field's value": ({"num_experts_per_tok": 9}, "9"),
+    "wrong type": ({"hidden_size": "wide"}, "wide"),
+    "features of other data": ({"num_features": 3}, "3 features"),
+    "decreasing horizons": ({"horizons": [5, 1]}, "[5, 1]"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_MISTAKES)
+def test_mistakes_in_a_network_are_refused(refused, market, tmp_path, case):
+    fields, named = CONFIG_MISTAKES[case]
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((RECIPE / "config.json").read_text()), **fields}))
+    run = tiny_run(tmp_path / "model", "--prices", str(market), "--model_config", "config.json")
+    assert named in refused(sft.main, run)
+
+
+def test_quickstart_refuses_an_unknown_ticker(refused):
+    assert "'ZZZ'" in refused(quickstart.main, ["--tickers", "ZZZ"])
+
+
+def test_a_truncated_checkpoint_is_refused(refused, checkpoint, market, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        content = path.read_bytes()
+        (folder / path.name).write_bytes(content[:1000] if path.suffix == ".safetensors" else content)
+    complaint = refused(forecast.main, ["--model", str(folder), "--prices", str(market)])
+    assert re.search("safetensors|header", complaint)
+
+
+def test_an_unwritable_output_is_refused(refused, checkpoint, market, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = ["--model", str(checkpoint), "--prices", str(market), "--output", "file/forecast.csv"]
+    assert "file/forecast.csv" in refused(forecast.main, run)
+
+
+def test_a_broken_table_in_parquet_is_refused(refused, checkpoint, market, tmp_path):
+    prices = read_prices(market)
+    prices.loc[700, "high"] = prices.loc[700, "low"] / 2
+    write_table(prices, tmp_path / "broken.parquet")
+    complaint = refused(forecast.main, ["--model", str(checkpoint), "--prices", "broken.parquet"])
+    assert f"T1 {prices.loc[700, 'date']:%Y-%m-%d}: high" in complaint
