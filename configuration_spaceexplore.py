@@ -19,7 +19,7 @@ from itertools import pairwise
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import auto_docstring
 
 # Complete before the first save: registration alone writes only the class that is saved.
@@ -29,6 +29,21 @@ AUTO_MAP = {
     "AutoModel": "modeling_spaceexplore.SpaceExploreModel",
     "AutoModelForTimeSeriesPrediction": "modeling_spaceexplore.SpaceExploreForRegression",
 }
+
+_SIZES = (
+    "num_features",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "max_position_embeddings",
+)
 
 
 @auto_docstring(
@@ -70,7 +85,8 @@ class SpaceExploreConfig(PreTrainedConfig):
     model_type = "spaceexplore"
     # Trainer gathers every output that is not listed here.
     keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "router_logits", "aux_loss"]
-    attribute_map = {"num_local_experts": "n_routed_experts"}
+    # What the library's functions for experts and rotary embeddings ask for.
+    attribute_map = {"num_local_experts": "n_routed_experts", "head_dim": "qk_rope_head_dim"}
 
     num_features: int = 64
     hidden_size: int = 256
@@ -106,16 +122,17 @@ class SpaceExploreConfig(PreTrainedConfig):
     selection_cutoff: str | None = None
 
     def __post_init__(self, **kwargs):
-        # What the library's rotary functions rotate; a reloaded value may belong to another qk_rope_head_dim.
-        kwargs["head_dim"] = self.qk_rope_head_dim
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation; runs at construction and before saving."""
-        for name in ("num_features", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank"):
-            if getattr(self, name) < 1:
+        for name in _SIZES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+        if self.rope_parameters["rope_type"] not in rope_types:
+            raise ValueError(f"rope_type must be one of {', '.join(rope_types)}, got {self.rope_parameters}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:

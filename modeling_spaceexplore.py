@@ -416,7 +416,7 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, SpaceExploreQuantileHead):
             # Returns in units of their volatility are near a unit normal.
-            init.copy_(module.proj.bias, module.bias_for(module.unit_normal_quantiles()))
+            init.copy_(module.bias, module.bias_for(module.unit_normal_quantiles()))
 
     def get_input_embeddings(self):
         """None: time steps are projected, not looked up. FSDP asks every model for it."""
@@ -539,15 +539,18 @@ class SpaceExploreForecastOutput(ModelOutput):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
-class SpaceExploreQuantileHead(nn.Module):
-    """Quantiles that cannot cross: the middle one, and positive steps outwards from it."""
+class SpaceExploreQuantileHead(nn.Linear):
+    """
+    Quantiles that cannot cross: the middle one, and positive steps outwards from it.
+
+    A linear layer, not a module around one: the library initialises only modules with parameters of their own.
+    """
 
     def __init__(self, config: SpaceExploreConfig):
-        super().__init__()
+        super().__init__(config.hidden_size, len(config.horizons) * len(config.quantile_levels))
         self.levels = list(config.quantile_levels)
         self.middle = len(self.levels) // 2
         self.num_horizons = len(config.horizons)
-        self.proj = nn.Linear(config.hidden_size, self.num_horizons * len(self.levels))
 
     def bias_for(self, quantiles: torch.Tensor) -> torch.Tensor:
         """Bias, (H*Q,), at which the head without weights gives these (H, Q) quantiles."""
@@ -559,7 +562,7 @@ class SpaceExploreQuantileHead(nn.Module):
         return quantiles.expand(self.num_horizons, -1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        outputs = self.proj(hidden_states).float().unflatten(-1, (self.num_horizons, -1))  # (B, T, H, Q)
+        outputs = super().forward(hidden_states).float().unflatten(-1, (self.num_horizons, -1))  # (B, T, H, Q)
         middle, steps = outputs[..., :1], F.softplus(outputs[..., 1:])
         offsets = F.pad(steps.cumsum(-1), (1, 0))
         return middle + offsets - offsets[..., self.middle, None]
@@ -609,7 +612,7 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
             quantiles (`torch.Tensor` of shape `(num_horizons, num_quantiles)`): of the same.
         """
         self.mean_head.bias.copy_(mean)
-        self.quantile_head.proj.bias.copy_(self.quantile_head.bias_for(quantiles))
+        self.quantile_head.bias.copy_(self.quantile_head.bias_for(quantiles))
 
     @can_return_tuple
     @auto_docstring
@@ -661,11 +664,7 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
         mean = self.mean_head(outputs.last_hidden_state).float()  # (B, T, H)
         quantiles = self.quantile_head(outputs.last_hidden_state)  # (B, T, H, Q)
 
-        aux_loss = None
-        if output_router_logits:
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
-            )
+        aux_loss = self.load_balancing_loss(outputs, attention_mask) if output_router_logits else None
         loss = None
         if labels is not None:
             loss = self.forecast_loss(mean, quantiles, labels, self.step(scale), num_items_in_batch, aux_loss)
@@ -682,6 +681,17 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+        )
+
+    def load_balancing_loss(
+        self, outputs: MoeModelOutputWithPast, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over unpadded steps."""
+        if attention_mask is not None:
+            # A batch that is all padding has no load: 0/0 in the library's function.
+            attention_mask = attention_mask + (attention_mask.sum() == 0)
+        return load_balancing_loss_func(
+            outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
         )
 
     def step(self, scale: torch.Tensor | None) -> torch.Tensor:
@@ -711,7 +721,8 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
         if aux_loss is not None:
             # Weighted by the labels it stands for, so that micro-batches add up to a mean, not to a sum.
             total = total + self.config.router_aux_loss_coef * aux_loss * count
-        return total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        items = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch)
+        return total / items.clamp(min=1)
 
 
 __all__ = ["SpaceExploreForRegression", "SpaceExploreModel", "SpaceExplorePreTrainedModel"]

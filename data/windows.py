@@ -148,8 +148,10 @@ def supervised_windows(
         score_once: supervise only the newest `stride` steps of each window, as for validation.
 
     Raises:
-        ValueError: no step is supervised.
+        ValueError: no step is supervised, or a stride longer than a window would leave some out.
     """
+    if stride > context_length:
+        raise ValueError(f"a stride of {stride} is longer than the context_length of {context_length}")
     labels = [make_labels(one, horizons, within) for one in series]
     ends = []
     for which, known in enumerate(labels):

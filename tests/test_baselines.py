@@ -9,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from spaceexploreai.evaluation.baselines import BASELINES, add_baselines, quantile_columns, quantile_levels
+from spaceexploreai.evaluation.baselines import (
+    BASELINES,
+    MIN_POOL,
+    add_baselines,
+    quantile_columns,
+    quantile_levels,
+)
 from spaceexploreai.indicators_spaceexplore import ewma_volatility
 
 LEVELS = [0.05, 0.25, 0.5, 0.75, 0.95]
 HORIZONS = [1, 2, 5]
 DATES = pd.bdate_range("2020-01-01", periods=150)
-TRAIN_CUTOFF = DATES[99]
 
 
 def make_prices(closes: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -47,7 +52,8 @@ def make_forecasts(tickers: list[str], cutoffs) -> pd.DataFrame:
 
 PRICES = make_prices({"AAA": walk(1, 0.001), "BBB": walk(2, -0.002), "CCC": walk(3)})
 FORECASTS = make_forecasts(["AAA", "BBB", "CCC"], DATES[110:140])
-TABLE = add_baselines(FORECASTS, PRICES, TRAIN_CUTOFF)
+FIRST_CUTOFF = DATES[110]
+TABLE = add_baselines(FORECASTS, PRICES)
 
 
 def log_returns_until(ticker: str, cutoff: pd.Timestamp) -> np.ndarray:
@@ -61,7 +67,7 @@ def naive_columns(name: str) -> list[str]:
 
 def test_columns_and_row_order_are_the_callers():
     shuffled = FORECASTS.sample(frac=1, random_state=0)
-    table = add_baselines(shuffled, PRICES, TRAIN_CUTOFF)
+    table = add_baselines(shuffled, PRICES)
     expected = [*FORECASTS.columns, *(column for name in BASELINES for column in naive_columns(name))]
     assert list(table.columns) == expected
     pd.testing.assert_frame_equal(table[list(FORECASTS.columns)], shuffled)
@@ -69,7 +75,7 @@ def test_columns_and_row_order_are_the_callers():
 
 
 def test_adding_twice_changes_nothing():
-    pd.testing.assert_frame_equal(add_baselines(TABLE, PRICES, TRAIN_CUTOFF), TABLE)
+    pd.testing.assert_frame_equal(add_baselines(TABLE, PRICES), TABLE)
 
 
 @pytest.mark.parametrize("row", [0, 137, len(FORECASTS) - 1])
@@ -91,13 +97,13 @@ def test_drift_is_the_random_walk_with_drift(row):
     np.testing.assert_allclose(values[naive_columns("drift")].astype(float), expected, rtol=1e-9)
 
 
-def standardised_pool(horizon: int, train_cutoff: pd.Timestamp) -> list[float]:
+def standardised_pool(horizon: int, first_cutoff: pd.Timestamp) -> list[float]:
     """The scalar twin: every pair of every ticker, one by one."""
     pool = []
     for _, bars in PRICES.groupby("ticker"):
         close, volatility = bars["close"].to_list(), ewma_volatility(bars["close"]).to_list()
         for t in range(len(bars) - horizon):
-            if np.isfinite(volatility[t]) and bars["date"].iloc[t + horizon] <= train_cutoff:
+            if np.isfinite(volatility[t]) and bars["date"].iloc[t + horizon] <= first_cutoff:
                 pool.append(np.log(close[t + horizon] / close[t]) / (volatility[t] * np.sqrt(horizon)))
     return pool
 
@@ -107,40 +113,57 @@ def test_ewma_scales_the_pooled_empirical_distribution(row):
     values = TABLE.iloc[row]
     bars = PRICES[(PRICES.ticker == values.ticker) & (PRICES.date <= values.cutoff)]
     scale = ewma_volatility(bars["close"]).iloc[-1] * np.sqrt(values.horizon)
-    pool = np.array(standardised_pool(values.horizon, TRAIN_CUTOFF))
+    pool = np.array(standardised_pool(values.horizon, FIRST_CUTOFF))
     expected = [pool.mean() * scale, *np.quantile(pool, LEVELS) * scale, (pool > 0).mean()]
     np.testing.assert_allclose(values[naive_columns("ewma")].astype(float), expected, rtol=1e-9)
 
 
+def test_the_pool_is_that_of_the_first_cutoff_for_every_row():
+    """Whichever ticker has it, and wherever it stands in the table."""
+    late = FORECASTS[FORECASTS["cutoff"] >= DATES[120]]
+    alone = add_baselines(late, PRICES)
+    not_pooled = [column for name in ("zero", "drift") for column in naive_columns(name)]
+    pd.testing.assert_frame_equal(alone[not_pooled], TABLE.loc[late.index, not_pooled], check_exact=True)
+    assert (alone["ewma_mean"] != TABLE.loc[late.index, "ewma_mean"]).all()
+    first = (FORECASTS["ticker"] == "CCC") & (FORECASTS["cutoff"] == FIRST_CUTOFF)
+    together = add_baselines(pd.concat([late, FORECASTS[first]]), PRICES)
+    pd.testing.assert_frame_equal(together.loc[late.index], TABLE.loc[late.index], check_exact=True)
+
+
 @settings(max_examples=25, deadline=None)
-@given(ticker=st.sampled_from(["AAA", "BBB", "CCC"]), t=st.integers(101, 149), factor=st.floats(0.2, 5.0))
+@given(ticker=st.sampled_from(["AAA", "BBB", "CCC"]), t=st.integers(111, 149), factor=st.floats(0.2, 5.0))
 def test_a_bar_changes_no_baseline_at_an_earlier_cutoff(ticker, t, factor):
     changed = PRICES.copy()
     bar = (changed["ticker"] == ticker) & (changed["date"] == DATES[t])
     changed.loc[bar, "close"] *= factor
-    table = add_baselines(FORECASTS, changed, TRAIN_CUTOFF)
+    table = add_baselines(FORECASTS, changed)
     earlier = (FORECASTS["cutoff"] < DATES[t]) | (FORECASTS["ticker"] != ticker)
     pd.testing.assert_frame_equal(table[earlier], TABLE[earlier], check_exact=True)
 
 
+def test_bars_after_a_cutoff_are_not_needed():
+    known = PRICES[PRICES["date"] <= FIRST_CUTOFF].reset_index(drop=True)
+    at_first = FORECASTS["cutoff"] == FIRST_CUTOFF
+    pd.testing.assert_frame_equal(add_baselines(FORECASTS[at_first], known), TABLE[at_first], check_exact=True)
+
+
 def test_the_pool_ends_with_the_target_not_the_origin():
-    """A close after train_cutoff is the target of origins before it: it must not enter."""
-    changed = PRICES.copy()
-    changed.loc[changed["date"] == DATES[100], "close"] *= 3
-    changed.loc[changed["date"] > DATES[100], "close"] *= 0.1
+    """A close after the first cutoff is the target of origins before it: it must not enter."""
+    others = PRICES["ticker"] != "AAA"
     early = make_forecasts(["AAA"], DATES[60:100])
-    pd.testing.assert_frame_equal(
-        add_baselines(early, changed, TRAIN_CUTOFF), add_baselines(early, PRICES, TRAIN_CUTOFF), check_exact=True
-    )
+    before = add_baselines(early, PRICES)
+    changed = PRICES.copy()
+    changed.loc[others & (changed["date"] == DATES[61]), "close"] *= 3
+    changed.loc[others & (changed["date"] > DATES[61]), "close"] *= 0.1
+    pd.testing.assert_frame_equal(add_baselines(early, changed), before, check_exact=True)
     at_target = PRICES.copy()
-    at_target.loc[(at_target["ticker"] == "BBB") & (at_target["date"] == TRAIN_CUTOFF), "close"] *= 3
-    table = add_baselines(early, at_target, TRAIN_CUTOFF)
-    assert not np.array_equal(table["ewma_mean"], add_baselines(early, PRICES, TRAIN_CUTOFF)["ewma_mean"])
+    at_target.loc[(at_target["ticker"] == "BBB") & (at_target["date"] == DATES[60]), "close"] *= 3
+    assert (add_baselines(early, at_target)["ewma_mean"] != before["ewma_mean"]).all()
 
 
 def test_a_price_that_never_moves_is_as_likely_up_as_down():
     prices = make_prices({"AAA": walk(1), "BBB": walk(2), "FLAT": np.full(len(DATES), 7.0)})
-    table = add_baselines(make_forecasts(["FLAT"], DATES[120:122]), prices, TRAIN_CUTOFF)
+    table = add_baselines(make_forecasts(["FLAT"], DATES[120:122]), prices)
     assert (table[["zero_p_up", "drift_p_up"]] == 0.5).all(axis=None)
     assert (table[[*quantile_columns(LEVELS, "zero_"), *quantile_columns(LEVELS, "drift_")]] == 0).all(axis=None)
 
@@ -159,30 +182,51 @@ def test_no_quantile_column_is_refused():
 def test_a_cutoff_without_a_bar_is_refused():
     saturday = make_forecasts(["BBB"], [DATES[120], pd.Timestamp("2020-06-20")])
     with pytest.raises(ValueError, match="BBB has no bar in the price table on its cutoff 2020-06-20"):
-        add_baselines(saturday, PRICES, TRAIN_CUTOFF)
+        add_baselines(saturday, PRICES)
 
 
 def test_an_unknown_ticker_is_refused():
     with pytest.raises(ValueError, match="ZZZ has no bar"):
-        add_baselines(make_forecasts(["ZZZ"], [DATES[120]]), PRICES, TRAIN_CUTOFF)
+        add_baselines(make_forecasts(["ZZZ"], [DATES[120]]), PRICES)
 
 
 def test_too_short_a_history_is_refused():
     with pytest.raises(ValueError, match=f"AAA has only 5 daily returns up to its cutoff {DATES[5]:%Y-%m-%d}"):
-        add_baselines(make_forecasts(["AAA"], [DATES[5]]), PRICES, TRAIN_CUTOFF)
+        add_baselines(make_forecasts(["AAA"], [DATES[5]]), PRICES)
 
 
-def test_too_few_training_pairs_are_refused():
-    # Volatility is known from bar 20, so bars 20 to 52 are origins of one-day pairs: 33 for each of three tickers.
-    message = (
-        f"at least 100 training pairs at horizon 1, got 99 with their target up to train_cutoff {DATES[53]:%Y-%m-%d}"
-    )
-    with pytest.raises(ValueError, match=message):
-        add_baselines(FORECASTS, PRICES, DATES[53])
-    one_day = FORECASTS[FORECASTS["horizon"] == 1]
-    assert len(add_baselines(one_day, PRICES, DATES[54])) == len(one_day)
+def assert_unit_normal(rows: pd.DataFrame, prices: pd.DataFrame) -> None:
+    for values in rows.itertuples():
+        bars = prices[(prices["ticker"] == values.ticker) & (prices["date"] <= values.cutoff)]
+        scale = ewma_volatility(bars["close"]).iloc[-1] * np.sqrt(values.horizon)
+        quantiles = rows.loc[values.Index, quantile_columns(LEVELS, "ewma_")].astype(float)
+        # The grid of 1000 points ends at 3.3 standard deviations; at 5 % it is 0.005 of one off.
+        np.testing.assert_allclose(quantiles / scale, norm.ppf(LEVELS), atol=6e-3)
+        assert values.ewma_mean == pytest.approx(0.0, abs=1e-12)
+        assert values.ewma_p_up == 0.5
+
+
+@pytest.mark.parametrize("bar", [20, 30, 53])
+def test_a_short_history_falls_back_to_the_normal_distribution(bar):
+    # Volatility is known from bar 20: at bar 53, bars 20 to 52 of three tickers are 99 origins of one-day pairs.
+    assert len(standardised_pool(1, DATES[bar])) < MIN_POOL
+    table = add_baselines(make_forecasts(["AAA", "BBB", "CCC"], DATES[bar : bar + 3]), PRICES)
+    assert_unit_normal(table, PRICES)
+
+
+def test_a_pool_of_the_minimum_is_empirical_horizon_by_horizon():
+    prices = PRICES[PRICES["ticker"] == "AAA"].reset_index(drop=True)
+    # Bar 20 to bar 119 are the 100 origins of one-day pairs known at bar 120; two days have one fewer.
+    table = add_baselines(make_forecasts(["AAA"], [DATES[120]]), prices).set_index("horizon", drop=False)
+    assert_unit_normal(table.loc[[2, 5]], prices)
+    scale = ewma_volatility(prices["close"][:121]).iloc[-1]
+    close, volatility = np.log(prices["close"][:121].to_numpy()), ewma_volatility(prices["close"]).to_numpy()
+    pool = np.diff(close)[20:] / volatility[20:120]
+    assert len(pool) == MIN_POOL == 100
+    expected = [pool.mean() * scale, *np.quantile(pool, LEVELS) * scale, (pool > 0).mean()]
+    np.testing.assert_allclose(table.loc[1, naive_columns("ewma")].astype(float), expected, rtol=1e-9)
 
 
 def test_a_missing_column_is_named():
     with pytest.raises(ValueError, match="no column 'cutoff'"):
-        add_baselines(FORECASTS.drop(columns="cutoff"), PRICES, TRAIN_CUTOFF)
+        add_baselines(FORECASTS.drop(columns="cutoff"), PRICES)

@@ -19,7 +19,7 @@ TINY = {
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
-    "v_head_dim": 12,
+    "v_head_dim": 16,
     "moe_intermediate_size": 40,
 }
 

@@ -5,6 +5,7 @@ import os
 from bisect import bisect_right
 from types import SimpleNamespace
 
+import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
@@ -157,7 +158,7 @@ SAME_TABLE = {
     "time of day": small_table().assign(date=small_table()["date"] + pd.Timedelta(hours=16)),
     "date objects": small_table().assign(date=small_table()["date"].dt.date),
     "seconds": small_table().astype({"date": "datetime64[s]"}),
-    "small numbers": small_table().astype({"close": "float32", "volume": "int8" if False else "uint8"}),
+    "small numbers": small_table().astype({"close": "float32", "volume": "uint8"}),
     "index of another table": small_table().set_index(pd.Index([7, 7, 7])),
 }
 
@@ -175,7 +176,8 @@ def test_table_becomes_canonical(name):
 def test_canonical_values():
     assert_canonical(CANONICAL)
     expected = small_table()
-    np.testing.assert_array_equal(CANONICAL[PRICE_COLUMNS + ["volume"]], expected[PRICE_COLUMNS + ["volume"]])
+    numbers = [*PRICE_COLUMNS, "volume"]
+    np.testing.assert_array_equal(CANONICAL[numbers], expected[numbers])
     assert CANONICAL["ticker"].tolist() == expected["ticker"].tolist()
     assert CANONICAL["date"].tolist() == expected["date"].tolist()
 
@@ -253,8 +255,8 @@ def test_column_without_spread_is_only_centred(normalization, constant):
 
 def test_column_mostly_of_one_value_is_only_centred():
     features = random_features(np.random.default_rng(0))
-    features["gap"] = [0.0, 0.0, 0.0, 2.0] * 55
-    extractor = SpaceExploreFeatureExtractor(FEATURES).fit(features.assign(gap=np.arange(220) % 8 == 0))
+    features["gap"] = 2.0 * (np.arange(len(features)) % 8 == 0)
+    extractor = SpaceExploreFeatureExtractor(FEATURES).fit(features)
     assert (extractor.center[0], extractor.spread[0]) == (0.0, 1.0)
     assert set(encoded_values(extractor, features)[:, 0]) == {0.0, 2.0}
 
@@ -432,7 +434,7 @@ def assert_causal(extractor, prices: pd.DataFrame, date: pd.Timestamp, change: s
         np.testing.assert_array_equal(batch[name], same[name], err_msg=name)
 
 
-@settings(**NO_SHRINKING, max_examples=20)
+@settings(**NO_SHRINKING, max_examples=12)
 @given(st.integers(CONTEXT + VOLATILITY_BARS, 99), st.sampled_from(sorted(CHANGES)))
 def test_features_and_scale_are_causal(bars, change):
     assert_causal(EXTRACTOR, PRICES, PRICES["date"].iloc[bars - 1], change)
@@ -441,7 +443,7 @@ def test_features_and_scale_are_causal(bars, change):
 class SeesTheLastClose(SpaceExploreFeatureExtractor):
     def compute_features(self, prices):
         features = super().compute_features(prices)
-        return features.assign(gap=features["gap"] + prices["close"].iloc[-1])
+        return features.assign(gap=features["gap"] + 1e-3 * prices["close"].iloc[-1])
 
 
 class SeesTheNextDay(SpaceExploreFeatureExtractor):
@@ -486,19 +488,19 @@ def test_context_as_arrays():
 
 
 def test_as_of_is_the_end_of_the_data():
-    friday = PRICES["date"][PRICES["date"].dt.dayofweek == 4].iloc[15]
+    friday = pd.Timestamp("2020-04-24")
     expected = EXTRACTOR(PRICES[PRICES["date"] <= friday])
     for as_of in (friday, str(friday.date()), friday + pd.Timedelta(days=2), friday.date()):
         batch = EXTRACTOR(PRICES, as_of=as_of)
         for name in EXTRACTOR.model_input_names:
-            assert torch.equal(batch[name], expected[name])
+            np.testing.assert_array_equal(batch[name], expected[name])
     assert not torch.equal(EXTRACTOR(PRICES)["scale"], expected["scale"])
 
 
 def test_history_may_be_just_long_enough():
     assert EXTRACTOR.min_history == CONTEXT + VOLATILITY_BARS == 50
     assert EXTRACTOR(make_prices(AAA=50))["past_values"].shape == (1, CONTEXT, len(FEATURES))
-    with pytest.raises(ValueError, match="^BBB has 49 bars; a forecast needs 50 .30 of context and 20 ") as error:
+    with pytest.raises(ValueError, match=r"^BBB has 49 bars; a forecast needs 50 \(30 of context and 20 ") as error:
         EXTRACTOR(make_prices(AAA=50, BBB=49))
     assert "\n" not in str(error.value)
 
@@ -522,7 +524,7 @@ def test_ticker_that_starts_later_is_named():
         EXTRACTOR(pd.concat([PRICES, late]), as_of="2020-12-31")
 
 
-@settings(**NO_SHRINKING, max_examples=10)
+@settings(**NO_SHRINKING, max_examples=6)
 @given(st.floats(1e-3, 1e3))
 def test_currency_does_not_matter(factor):
     one, other = EXTRACTOR(PRICES), EXTRACTOR(times(PRICES, factor))
@@ -561,24 +563,20 @@ def test_horizons_count_sessions_of_the_exchange(calendar, cutoff, horizon, date
     assert sessions.astype("datetime64[D]").astype(str).tolist() == [[date]]
 
 
-@settings(**NO_SHRINKING, max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(
-    st.lists(st.integers(0, 3000), min_size=1, max_size=6),
-    st.lists(st.integers(1, 60), min_size=1, max_size=4, unique=True).map(sorted),
+    st.lists(st.integers(0, 500), min_size=1, max_size=6),
+    st.lists(st.integers(1, 120), min_size=1, max_size=4, unique=True).map(sorted),
 )
 def test_sessions_of_many_cutoffs(days, horizons):
-    cutoffs = pd.Series(pd.Timestamp("2010-01-01") + pd.to_timedelta(days, unit="D"))
+    cutoffs = pd.Series(pd.Timestamp("2012-02-01") + pd.to_timedelta(days, unit="D"))
     table = following_sessions("XNYS", cutoffs, horizons)
     assert table.shape == (len(days), len(horizons))
-    assert (table > cutoffs.to_numpy()[:, None]).all()
-    assert (np.diff(table, axis=1) > np.timedelta64(0)).all()
-    # One session at a time.
+    calendar = exchange_calendars.get_calendar("XNYS")
     for row, cutoff in enumerate(cutoffs):
-        date = pd.Series([cutoff])
-        for horizon in range(1, horizons[-1] + 1):
-            date = pd.Series(following_sessions("XNYS", date, [1])[0])
-            if horizon in horizons:
-                assert table[row, horizons.index(horizon)] == date[0].to_datetime64()
+        following = calendar.date_to_session(cutoff + pd.Timedelta(days=1), direction="next")
+        expected = [calendar.session_offset(following, horizon - 1) for horizon in horizons]
+        np.testing.assert_array_equal(table[row], np.array(expected, dtype="datetime64[ns]"))
 
 
 def test_unknown_calendar_is_refused():
@@ -668,13 +666,9 @@ def test_unknown_unit_is_refused():
 
 def test_forecast_dates_are_of_the_calendar_of_the_extractor():
     origins = pd.DataFrame({"ticker": ["VOD", "BP"], "cutoff": pd.to_datetime(["2024-03-28", "2023-12-22"])})
-    outputs = make_outputs()
-    tables = [
-        make_extractor(calendar=calendar).forecast_table(
-            origins, outputs.mean[:, -1], outputs.quantiles[:, -1], CONFIG
-        )
-        for calendar in ("XLON", "XNYS")
-    ]
+    newest = [outputs[:, -1] for outputs in vars(make_outputs()).values()]
+    extractors = [SpaceExploreFeatureExtractor(FEATURES, calendar=calendar) for calendar in ("XLON", "XNYS")]
+    tables = [extractor.forecast_table(origins, *newest, CONFIG) for extractor in extractors]
     assert [list(table.columns) for table in tables] == [COLUMNS] * 2
     london, new_york = (table["date"].dt.strftime("%m-%d").tolist() for table in tables)
     assert london == ["04-02", "04-03", "04-08", "12-27", "12-28", "01-03"]

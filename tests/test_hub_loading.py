@@ -47,6 +47,7 @@ def test_a_stranger_gets_the_same_forecast_also_after_saving_it_again(tmp_path, 
     prices = read_prices(market)
     expected = extractor.decode(model(**extractor(prices)), prices, model.config)
     loaded = run_stranger(tmp_path, checkpoint, market, "first.parquet")
-    pd.testing.assert_frame_equal(loaded, expected, check_exact=True)
+    # Matrix products round by where in memory the weights lie.
+    pd.testing.assert_frame_equal(loaded, expected, rtol=1e-6)
     again = run_stranger(tmp_path, tmp_path / "first.parquet.again", market, "second.parquet")
-    pd.testing.assert_frame_equal(again, expected, check_exact=True)
+    pd.testing.assert_frame_equal(again, expected, rtol=1e-6)

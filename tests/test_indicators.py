@@ -122,7 +122,7 @@ def assert_causal(names: list[str], bars: pd.DataFrame, row: int, change) -> Non
         np.testing.assert_allclose(truncated[:, column], known[:, column], 1e-9, 1e-9, err_msg=message)
 
 
-@settings(**NO_SHRINKING, max_examples=14)
+@settings(**NO_SHRINKING, max_examples=12)
 @given(histories(), st.integers(1, 80), st.sampled_from(sorted(CHANGES)))
 def test_every_column_is_causal(bars, bars_after, change):
     assert_causal(NAMES, bars, len(bars) - 1 - bars_after, CHANGES[change])
@@ -165,14 +165,14 @@ def assert_same_columns(values: np.ndarray, expected: np.ndarray) -> None:
 
 
 # Powers of two scale without rounding, so that 0/0 stays 0/0 and ties stay ties in halted and flat bars.
-@settings(**NO_SHRINKING, max_examples=8)
+@settings(**NO_SHRINKING, max_examples=6)
 @given(histories(), st.integers(-10, 10))
 def test_every_column_is_free_of_the_price_level(bars, exponent):
     scaled = times(bars, 2.0**exponent)
     assert_same_columns(compute_indicators(scaled, NAMES), compute_indicators(bars, NAMES))
 
 
-@settings(**NO_SHRINKING, max_examples=8)
+@settings(**NO_SHRINKING, max_examples=6)
 @given(histories(halts=(0,)), st.floats(1e-3, 1e3))
 def test_every_column_is_free_of_the_currency(bars, factor):
     assert_same_columns(compute_indicators(times(bars, factor), NAMES), compute_indicators(bars, NAMES))

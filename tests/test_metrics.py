@@ -160,6 +160,90 @@ def test_rank_ic_is_undefined_without_a_ranking():
     assert metrics.rank_ic(y, half, cutoff) == pytest.approx(1.0)
 
 
+PRICE_DATES = pd.bdate_range("2024-01-01", periods=12)
+
+
+def make_prices(tickers=("AAA", "BBB")) -> pd.DataFrame:
+    rng = np.random.default_rng(3)
+    frames = []
+    for ticker in tickers:
+        close = rng.uniform(10, 20, size=len(PRICE_DATES))
+        bars = {"date": PRICE_DATES, "open": 15.0, "high": 21.0, "low": 9.0, "close": close, "volume": 1.0}
+        frames.append(pd.DataFrame({"ticker": ticker, **bars}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def make_forecasts(tickers=("AAA", "BBB"), horizons=(1, 3)) -> pd.DataFrame:
+    """A forecast from every bar of `make_prices`, so that the newest have no outcome yet."""
+    following = pd.bdate_range(PRICE_DATES[0], periods=len(PRICE_DATES) + max(horizons))
+    rows = [
+        {"ticker": ticker, "cutoff": following[i], "date": following[i + horizon], "horizon": horizon}
+        for ticker in tickers
+        for i in range(len(PRICE_DATES))
+        for horizon in horizons
+    ]
+    return pd.DataFrame(rows)
+
+
+def outcome(prices: pd.DataFrame, row) -> float:
+    """The scalar twin of `add_outcomes`."""
+    closes = {(bar.ticker, bar.date): bar.close for bar in prices.itertuples()}
+    start, end = closes.get((row.ticker, row.cutoff)), closes.get((row.ticker, row.date))
+    return math.nan if start is None or end is None else math.log(end / start)
+
+
+def test_add_outcomes_is_the_log_return_from_close_to_close():
+    prices, forecasts = make_prices(), make_forecasts()
+    table = metrics.add_outcomes(forecasts, prices)
+    expected = [outcome(prices, row) for row in forecasts.itertuples()]
+    np.testing.assert_allclose(table["y"], expected, rtol=1e-12, atol=1e-15)
+    assert list(table.columns) == [*forecasts.columns, "y"]
+    assert table["y"].dtype == np.float64
+
+
+def test_add_outcomes_knows_nothing_of_days_to_come():
+    table = metrics.add_outcomes(make_forecasts(), make_prices())
+    unknown = table["date"] > PRICE_DATES[-1]
+    assert unknown.sum() == 2 * (1 + 3)
+    np.testing.assert_array_equal(table["y"].isna(), unknown)
+
+
+def test_add_outcomes_needs_both_closes():
+    holed = make_prices()
+    holed = holed[(holed["ticker"] == "AAA") | (holed["date"] != PRICE_DATES[5])]
+    table = metrics.add_outcomes(make_forecasts(), holed)
+    at_hole = (table["cutoff"] == PRICE_DATES[5]) | (table["date"] == PRICE_DATES[5])
+    expected = (table["date"] > PRICE_DATES[-1]) | (at_hole & (table["ticker"] == "BBB"))
+    np.testing.assert_array_equal(table["y"].isna(), expected)
+
+
+def test_add_outcomes_of_an_unknown_ticker_are_unknown():
+    table = metrics.add_outcomes(make_forecasts(["AAA", "ZZZ"]), make_prices())
+    assert table[table["ticker"] == "ZZZ"]["y"].isna().all()
+    assert table[(table["ticker"] == "AAA") & (table["date"] <= PRICE_DATES[-1])]["y"].notna().all()
+
+
+def test_add_outcomes_keeps_rows_and_replaces_an_old_y():
+    prices, forecasts = make_prices(), make_forecasts()
+    table = metrics.add_outcomes(forecasts, prices)
+    shuffled = forecasts.sample(frac=1, random_state=0)
+    before = shuffled.copy(deep=True)
+    again = metrics.add_outcomes(shuffled, prices.sample(frac=1, random_state=1))
+    pd.testing.assert_frame_equal(again, table.loc[shuffled.index], check_exact=True)
+    pd.testing.assert_frame_equal(shuffled, before)
+    pd.testing.assert_frame_equal(metrics.add_outcomes(table.assign(y=7.0), prices), table, check_exact=True)
+
+
+@pytest.mark.parametrize("unit", ["s", "us", "ns"])
+def test_add_outcomes_matches_days_across_resolutions(unit):
+    forecasts = make_forecasts()
+    coarse = forecasts.assign(**{day: forecasts[day].astype(f"datetime64[{unit}]") for day in ("cutoff", "date")})
+    prices = make_prices().astype({"date": "datetime64[ns]"})
+    expected = metrics.add_outcomes(forecasts, prices)["y"]
+    pd.testing.assert_series_equal(metrics.add_outcomes(coarse, prices)["y"], expected)
+    assert expected.notna().any()
+
+
 def test_score_composes_the_metrics():
     table = make_table()
     scores = metrics.score(table)
@@ -191,14 +275,18 @@ def test_score_leaves_undefined_what_zero_cannot_have():
     assert value(scores, 1, "direction_base_rate", "zero") == value(scores, 1, "direction_base_rate")
 
 
-def test_score_of_a_copy_of_ewma_has_no_skill():
-    table = make_table()
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 10.0))
+def test_score_of_a_copy_of_ewma_has_exactly_no_skill(seed, scale):
+    table = make_table(cutoffs=2, seed=seed)
+    table["y"] *= scale
     copies = {"mean": table["ewma_mean"], **{c: table[f"ewma_{c}"] for c in quantile_columns(LEVELS)}}
     scores = metrics.score(table.assign(**copies))
     skill = scores[scores["metric"] == "crps_skill"]
     assert (skill["model"] == 0).all()
     assert (skill["ewma"] == 0).all()
     assert (skill["drift"] != 0).all()
+    pd.testing.assert_series_equal(scores["model"], scores["ewma"], check_names=False, check_exact=True)
 
 
 @settings(max_examples=10, deadline=None)

@@ -41,7 +41,7 @@ from spaceexploreai.modeling_spaceexplore import (
 BATCH, STEPS, FEATURES, HIDDEN, EXPERTS, LAYERS = 3, 12, 5, 32, 8, 2
 HORIZONS = [1, 2, 5]
 LEVELS = [0.1, 0.3, 0.5, 0.9]
-# No two alike: with equal sizes a wrong scale or axis goes unseen.
+# No two alike, sums included: with equal sizes a wrong scale or axis goes unseen.
 LATENT = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
@@ -50,7 +50,7 @@ LATENT = {
     "q_lora_rank": None,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
-    "v_head_dim": 12,
+    "v_head_dim": 16,
 }
 MIXTURE = {
     "moe_intermediate_size": 40,
@@ -588,7 +588,8 @@ def test_load_balancing_loss_is_part_of_the_training_loss_alone():
 @pytest.mark.parametrize("backend", EXPERT_BACKENDS)
 @pytest.mark.parametrize("sizes", [{}, {"q_lora_rank": 20, "attention_bias": True}], ids=["default", "everything"])
 def test_every_parameter_gets_a_gradient(backend, sizes):
-    model, batch = make_model(experts_implementation=backend, **sizes).train(), make_batch()
+    # Steps enough for every expert to be chosen.
+    model, batch = make_model(experts_implementation=backend, **sizes).train(), make_batch(batch=8, steps=48)
     assert batch["past_values"].isnan().any(dim=(0, 1)).all()
     found = gradients(model, model(**batch).loss)
     assert [name for name, gradient in found.items() if not gradient.any()] == []
@@ -630,6 +631,12 @@ def test_dropout_is_for_training_alone(dropout):
     assert not torch.equal(model(**batch).mean, model(**batch).mean)
 
 
+def test_hidden_dropout_is_on_every_branch():
+    """Without any, what is left is the embedding."""
+    trunk, values = make_model(hidden_dropout=1.0).train().model, make_batch()["past_values"]
+    assert_close(trunk(values).last_hidden_state, trunk.norm(trunk.value_embedding(values)))
+
+
 # --- what the library expects ---
 
 
@@ -662,8 +669,8 @@ def test_outputs_are_a_tuple_when_asked():
 def test_bfloat16():
     """The heads answer in float32, where steps between quantiles are not rounded away."""
     model, batch = make_model().bfloat16().train(), make_batch()
-    outputs = model(**batch)
-    assert outputs.mean.dtype == outputs.quantiles.dtype == outputs.loss.dtype == torch.float32
+    unscaled, outputs = model(batch["past_values"]), model(**batch)
+    assert unscaled.mean.dtype == unscaled.quantiles.dtype == outputs.loss.dtype == torch.float32
     assert outputs.mean.isfinite().all()
     assert (outputs.quantiles.diff(dim=-1) >= 0).all()
     assert outputs.loss.item() == pytest.approx(make_model().train()(**batch).loss.item(), rel=0.05)

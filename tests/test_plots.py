@@ -1,9 +1,11 @@
-"""The pictures: coordinates checked as numbers, files whole or absent."""
+"""The pictures: coordinates checked as numbers, on figures that no global state knows of."""
+
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot
+from matplotlib import pyplot, rcParams
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.stats import norm
@@ -45,21 +47,19 @@ def make_forecasts(prices: pd.DataFrame) -> pd.DataFrame:
 
 
 PRICES = make_prices()
-FORECASTS = add_baselines(make_forecasts(PRICES), PRICES, DATES[99])
+FORECASTS = add_baselines(make_forecasts(PRICES), PRICES)
 
 
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """Figures as they were saved."""
-    figures = []
-    savefig = Figure.savefig
+def pixels(figure: Figure) -> tuple[float, float]:
+    """Width and height."""
+    return tuple(figure.get_size_inches() * figure.dpi)
 
-    def record(self, *args, **kwargs):
-        figures.append(self)
-        savefig(self, *args, **kwargs)
 
-    monkeypatch.setattr(Figure, "savefig", record)
-    return figures
+def saved(figure: Figure) -> BytesIO:
+    file = BytesIO()
+    figure.savefig(file)
+    file.seek(0)
+    return file
 
 
 def lines(axes) -> dict[str, np.ndarray]:
@@ -78,9 +78,8 @@ def test_price_fan_starts_at_the_close_and_exponentiates():
     )
 
 
-def test_plot_forecast_draws_the_newest_cutoff_in_prices(tmp_path, drawn):
-    plots.plot_forecast(FORECASTS, PRICES, "BBB", tmp_path / "fan.png", history=40)
-    axes = drawn[0].axes[0]
+def test_plot_forecast_draws_the_newest_cutoff_in_prices():
+    (axes,) = plots.plot_forecast(FORECASTS, PRICES, "BBB", history=40).axes
     closes = PRICES[PRICES["ticker"] == "BBB"]["close"].to_numpy()
     newest = FORECASTS[(FORECASTS["ticker"] == "BBB") & (FORECASTS["cutoff"] == DATES[129])]
     drawn_lines = lines(axes)
@@ -99,36 +98,50 @@ def test_plot_forecast_draws_the_newest_cutoff_in_prices(tmp_path, drawn):
     assert bands["90% interval"].y0 == pytest.approx(closes[129] * np.exp(newest["q0.05"].min()))
 
 
-def test_plot_forecast_ticks_are_real_dates(tmp_path, drawn):
-    plots.plot_forecast(FORECASTS, PRICES, "AAA", tmp_path / "fan.png", history=40)
-    axes = drawn[0].axes[0]
+def test_plot_forecast_ticks_are_real_dates():
+    (axes,) = plots.plot_forecast(FORECASTS, PRICES, "AAA", history=40).axes
     ticks = dict(zip(axes.get_xticks(), (label.get_text() for label in axes.get_xticklabels()), strict=True))
     assert ticks == {day: f"{DATES[129 + day]:%Y-%m-%d}" for day in (0, -8, -16, -24, -32, 10)}
     assert axes.get_xticks(minor=True).tolist() == [1, 2, 5]
 
 
-def test_plot_forecast_of_the_last_bar_has_nothing_realised(tmp_path, drawn):
+def test_plot_forecast_of_the_last_bar_has_nothing_realised():
     known = PRICES[PRICES["date"] <= DATES[129]]
-    plots.plot_forecast(FORECASTS, known, "AAA", tmp_path / "fan.png", history=500)
-    assert "realised" not in lines(drawn[0].axes[0])
-    assert len(lines(drawn[0].axes[0])["close"]) == 130
+    (axes,) = plots.plot_forecast(FORECASTS, known, "AAA", history=500).axes
+    assert "realised" not in lines(axes)
+    assert len(lines(axes)["close"]) == 130
 
 
-def test_plot_forecast_writes_a_png_of_known_size(tmp_path):
-    path = tmp_path / "fan.png"
-    plots.plot_forecast(FORECASTS, PRICES, "AAA", path)
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    picture = imread(path)
+def test_plot_forecast_shows_sixty_closes_by_default():
+    (axes,) = plots.plot_forecast(FORECASTS, PRICES, "AAA").axes
+    np.testing.assert_array_equal(lines(axes)["close"][:, 0], np.arange(-59, 1))
+
+
+def test_plot_forecast_is_a_png_of_known_size():
+    figure = plots.plot_forecast(FORECASTS, PRICES, "AAA")
+    assert pixels(figure) == (1500, 900)
+    file = saved(figure)
+    assert file.getvalue().startswith(b"\x89PNG\r\n\x1a\n")
+    picture = imread(file)
     assert picture.shape[:2] == (900, 1500)
     assert picture[..., :3].std() > 0.05
-    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_plot_predicted_vs_actual_draws_percent_at_the_middle_horizon(tmp_path, drawn):
-    path = tmp_path / "compare.png"
+def test_figures_name_what_they_draw_once():
+    fan = plots.plot_forecast(FORECASTS, PRICES, "AAA")
+    names = [text.get_text() for text in fan.legends[0].get_texts()]
+    intervals = ["90% interval", "80% interval", "50% interval"]
+    assert sorted(names) == sorted(["close", "realised", "median", "90% interval, ewma baseline", *intervals])
+    compare = plots.plot_predicted_vs_actual(FORECASTS)
+    names = [text.get_text() for text in compare.legends[0].get_texts()]
+    interval = "90% interval, predicted"
+    assert sorted(names) == sorted([interval, "90% interval, ewma baseline", "realised", "median, predicted"])
+
+
+def test_plot_predicted_vs_actual_draws_percent_at_the_middle_horizon():
     fewer = FORECASTS[(FORECASTS["ticker"] != "BBB") | (FORECASTS["cutoff"] > DATES[115])]
-    plots.plot_predicted_vs_actual(fewer, path)
-    *panels, scatter = drawn[0].axes
+    figure = plots.plot_predicted_vs_actual(fewer)
+    *panels, scatter = figure.axes
     assert [panel.get_ylabel().split("\n")[0] for panel in panels] == ["AAA", "CCC", "DDD", "EEE"]
     rows = fewer[(fewer["ticker"] == "CCC") & (fewer["horizon"] == 5)]
     panel = {label: xy[:, 1] for label, xy in lines(panels[1]).items()}
@@ -142,65 +155,54 @@ def test_plot_predicted_vs_actual_draws_percent_at_the_middle_horizon(tmp_path, 
     assert scatter.get_title() == f"tickers: 5, forecasts: {len(everyone)}\ncorrelation: {correlation:+.3f}"
     identity = lines(scatter)["predicted = realised"]
     np.testing.assert_array_equal(identity[:, 0], identity[:, 1])
-    assert imread(path).shape[:2] == (1560, 2100)
+    np.testing.assert_allclose(pixels(figure), (2100, 1560))
+    assert imread(saved(figure)).shape[:2] == (1560, 2100)
 
 
-def test_plot_predicted_vs_actual_of_one_ticker_and_a_constant_mean(tmp_path, drawn):
-    path = tmp_path / "compare.png"
-    plots.plot_predicted_vs_actual(FORECASTS[FORECASTS["ticker"] == "AAA"].assign(mean=0.0), path)
-    assert drawn[0].axes[-1].get_title().endswith("correlation: undefined (constant)")
-    assert imread(path).shape[:2] == (825, 2100)
+def test_plot_predicted_vs_actual_of_one_ticker_and_a_constant_mean():
+    figure = plots.plot_predicted_vs_actual(FORECASTS[FORECASTS["ticker"] == "AAA"].assign(mean=0.0))
+    assert figure.axes[-1].get_title().endswith("correlation: undefined (constant)")
+    np.testing.assert_allclose(pixels(figure), (2100, 825))
+    assert imread(saved(figure)).shape[:2] == (825, 2100)
 
 
-def test_plot_predicted_vs_actual_leaves_out_the_unknown(tmp_path, drawn):
+def test_plot_predicted_vs_actual_leaves_out_the_unknown():
     unknown = FORECASTS["cutoff"] > DATES[120]
-    plots.plot_predicted_vs_actual(FORECASTS.assign(y=FORECASTS["y"].mask(unknown)), tmp_path / "compare.png")
-    assert len(lines(drawn[0].axes[0])["realised"]) == 21
+    figure = plots.plot_predicted_vs_actual(FORECASTS.assign(y=FORECASTS["y"].mask(unknown)))
+    assert len(lines(figure.axes[0])["realised"]) == 21
 
 
-def test_a_ticker_without_forecast_is_named(tmp_path):
+def test_a_ticker_without_forecast_is_named():
     with pytest.raises(ValueError, match="no ticker 'ZZZ'"):
-        plots.plot_forecast(FORECASTS, PRICES, "ZZZ", tmp_path / "fan.png")
-    assert not any(tmp_path.iterdir())
+        plots.plot_forecast(FORECASTS, PRICES, "ZZZ")
 
 
-def test_a_cutoff_without_a_bar_is_named(tmp_path):
+def test_a_cutoff_without_a_bar_is_named():
     gap = PRICES[PRICES["date"] != DATES[129]]
     with pytest.raises(ValueError, match=f"AAA has no bar in the price table on its cutoff {DATES[129]:%Y-%m-%d}"):
-        plots.plot_forecast(FORECASTS, gap, "AAA", tmp_path / "fan.png")
+        plots.plot_forecast(FORECASTS, gap, "AAA")
     with pytest.raises(ValueError, match="AAA has no bar"):
-        plots.plot_forecast(FORECASTS, PRICES[PRICES["ticker"] == "BBB"], "AAA", tmp_path / "fan.png")
+        plots.plot_forecast(FORECASTS, PRICES[PRICES["ticker"] == "BBB"], "AAA")
 
 
 @pytest.mark.parametrize("column", ["q0.25", "ewma_q0.95"])
-def test_a_missing_column_is_named(tmp_path, column):
+def test_a_missing_column_is_named(column):
     with pytest.raises(ValueError, match=f"no column '{column}'"):
-        plots.plot_forecast(FORECASTS.drop(columns=column), PRICES, "AAA", tmp_path / "fan.png")
+        plots.plot_forecast(FORECASTS.drop(columns=column), PRICES, "AAA")
 
 
-def test_no_outcome_at_all_is_refused(tmp_path):
+def test_no_outcome_at_all_is_refused():
     with pytest.raises(ValueError, match="nothing to plot: none of the 600 forecasts"):
-        plots.plot_predicted_vs_actual(FORECASTS.assign(y=np.nan), tmp_path / "compare.png")
+        plots.plot_predicted_vs_actual(FORECASTS.assign(y=np.nan))
     with pytest.raises(ValueError, match="no column 'y'"):
-        plots.plot_predicted_vs_actual(FORECASTS.drop(columns="y"), tmp_path / "compare.png")
+        plots.plot_predicted_vs_actual(FORECASTS.drop(columns="y"))
 
 
-@pytest.mark.parametrize("failing", ["matplotlib.figure.Figure.savefig", "os.replace"])
-def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, failing):
-    path = tmp_path / "fan.png"
-    path.write_bytes(b"old")
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(failing, fail)
-    with pytest.raises(OSError, match="disk full"):
-        plots.plot_forecast(FORECASTS, PRICES, "AAA", path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_no_global_figure_is_left_behind(tmp_path):
-    plots.plot_forecast(FORECASTS, PRICES, "AAA", tmp_path / "fan.png")
-    plots.plot_predicted_vs_actual(FORECASTS, tmp_path / "compare.png")
+def test_nothing_global_is_touched_and_nothing_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = dict(rcParams)
+    plots.plot_forecast(FORECASTS, PRICES, "AAA")
+    plots.plot_predicted_vs_actual(FORECASTS)
     assert pyplot.get_fignums() == []
+    assert dict(rcParams) == settings
+    assert not any(tmp_path.iterdir())

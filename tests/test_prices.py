@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spaceexploreai.data.prices import SAMPLE_PATH, adjust, parse_tickers, read_prices, read_sample, write_table
+from spaceexploreai.data.prices import (
+    SAMPLE_PATH,
+    adjust,
+    check_suffix,
+    load_prices,
+    parse_tickers,
+    read_prices,
+    read_sample,
+    write_atomically,
+    write_table,
+)
 from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, validate_prices
 
 HEADER = "ticker,date,open,high,low,close,volume"
@@ -161,6 +172,66 @@ def test_parse_tickers_refuses(text, named):
     with pytest.raises(ValueError, match=named) as error:
         parse_tickers(text)
     assert "\n" not in str(error.value)
+
+
+# --- what a command line names ---------------------------------------------------------------------------------------
+
+
+def test_load_prices_without_a_path_is_the_sample(sample):
+    pd.testing.assert_frame_equal(load_prices(None, None), sample)
+    pd.testing.assert_frame_equal(load_prices(None, "msft, aapl"), read_sample(["AAPL", "MSFT"]))
+
+
+def test_load_prices_of_a_path(tmp_path):
+    path = tmp_path / "bars.csv"
+    write_table(small_table(), path)
+    pd.testing.assert_frame_equal(load_prices(str(path), None), small_table())
+    pd.testing.assert_frame_equal(load_prices(str(path), "aaa,AAA"), small_table().iloc[:2])
+
+
+@pytest.mark.parametrize(
+    ("tickers", "named"),
+    [("", "no ticker in ''"), ("AAA,../x", "'../X' is not a ticker"), ("AAA,CCC", "unknown ticker 'CCC'")],
+)
+def test_load_prices_refuses_tickers(tmp_path, tickers, named):
+    write_table(small_table(), tmp_path / "bars.csv")
+    with pytest.raises(ValueError, match=named) as error:
+        load_prices(str(tmp_path / "bars.csv"), tickers)
+    assert "\n" not in str(error.value)
+
+
+def test_load_prices_names_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        load_prices(str(tmp_path / "none.csv"), None)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def with_date(date) -> pd.DataFrame:
+    """One bar of AAPL on `date`, whose type decides that of the column."""
+    return small_table().iloc[:1].assign(ticker="AAPL", date=[date])
+
+
+@pytest.mark.parametrize("nameless", ["", None, float("nan")])
+def test_a_row_without_a_ticker_is_refused(nameless):
+    table = small_table().assign(ticker=["AAA", nameless, "BBB"])
+    with pytest.raises(ValueError, match="row 1 of the price table has no ticker"):
+        validate_prices(table)
+
+
+@pytest.mark.parametrize("number", [5, 0, 43832, 1577923200, 1577923200_000_000_000, 5.0, 20200101.5])
+def test_a_number_is_no_date(number):
+    """pandas would take it for nanoseconds since 1970."""
+    with pytest.raises(ValueError, match=rf"^AAPL: '{number}' is not a date$"):
+        validate_prices(with_date(number))
+
+
+@pytest.mark.parametrize("date", [20200101, np.int32(20200101), "20200101", "2020-01-01", np.datetime64("2020-01-01")])
+def test_an_integer_of_eight_digits_is_that_day(date):
+    validated = validate_prices(with_date(date))
+    assert validated["date"].tolist() == [pd.Timestamp("2020-01-01")]
+    assert validated["date"].dtype == "datetime64[ns]"
 
 
 # --- long tables -----------------------------------------------------------------------------------------------------
@@ -582,8 +653,13 @@ def test_a_ticker_does_not_split_into_the_next():
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+FAILURES = [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("cannot convert")]
+by_failure = pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+
+
+@by_failure
 @pytest.mark.parametrize("name", ["table.parquet", "table.csv"])
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
+def test_failed_table_leaves_the_old_file(tmp_path, monkeypatch, name, failure):
     path = tmp_path / name
     write_table(small_table(), path)
     old = path.read_bytes()
@@ -594,12 +670,64 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
         raise failure
 
     monkeypatch.setattr(pd.DataFrame, "to_" + path.suffix[1:], fail_half_way)
-    failures = [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("cannot convert")]
-    for failure in failures:
-        with pytest.raises(type(failure)):
-            write_table(small_table().iloc[:1], path)
-        assert os.listdir(tmp_path) == [name]
-        assert path.read_bytes() == old
+    with pytest.raises(type(failure)):
+        write_table(small_table().iloc[:1], path)
+    assert os.listdir(tmp_path) == [name]
+    assert path.read_bytes() == old
+
+
+@by_failure
+@pytest.mark.parametrize("half", [b"", b"half a pict"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_failed_write_leaves_the_folder_as_it_was(tmp_path, failure, half, old):
+    path = tmp_path / "fan.png"
+    if old is not None:
+        path.write_bytes(old)
+
+    def fail_half_way(temporary):
+        if half:
+            temporary.write_bytes(half)
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_atomically(path, fail_half_way)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({} if old is None else {"fan.png": old})
+
+
+@pytest.mark.parametrize("name", ["fan.png", "scores.json", "bars.csv.gz"])
+def test_the_temporary_is_beside_the_target_and_of_its_kind(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("old")
+    seen = []
+
+    def write(temporary):
+        seen.append(temporary)
+        assert Path(name).read_text() == "old"
+        temporary.write_text("new")
+
+    for path in (tmp_path / name, str(tmp_path / name), name):
+        Path(name).write_text("old")
+        write_atomically(path, write)
+        assert Path(name).read_text() == "new"
+    assert os.listdir(tmp_path) == [name]
+    assert {temporary.absolute().parent for temporary in seen} == {tmp_path}
+    assert all(temporary.name.endswith(f".{name}") for temporary in seen)  # readers and writers go by the suffix
+    assert len({temporary.name for temporary in seen}) == 3  # two writers at once must not share it
+
+
+def test_a_writer_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(OSError, match=r"^cannot write .*fan\.png: No such file or directory$"):
+        write_atomically(tmp_path / "fan.png", lambda temporary: None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writers_error_is_one_line_naming_the_target(tmp_path):
+    def fail(_):
+        raise OSError("image file is truncated")  # no errno, so no strerror
+
+    with pytest.raises(OSError, match=r"^cannot write .*fan\.png: image file is truncated$") as error:
+        write_atomically(tmp_path / "fan.png", fail)
+    assert str(tmp_path / "fan.png") in str(error.value)
 
 
 def test_full_disk_is_one_line_naming_the_target(tmp_path, monkeypatch):
@@ -621,6 +749,13 @@ def test_write_makes_folders_and_replaces(tmp_path, suffix):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_write_atomically_makes_folders(tmp_path):
+    path = tmp_path / "new" / "folder" / "report.json"
+    write_atomically(path, lambda temporary: temporary.write_text("{}"))
+    assert path.read_text() == "{}"
+    assert os.listdir(path.parent) == ["report.json"]
+
+
 def test_written_file_has_ordinary_permissions(tmp_path):
     (tmp_path / "plain").write_text("")
     write_table(small_table(), tmp_path / "table.csv")
@@ -637,10 +772,29 @@ def test_unwritable_target(tmp_path, suffix):
     with pytest.raises(OSError, match=r"cannot write .*folder"):
         write_table(small_table(), tmp_path / f"folder{suffix}")
     assert sorted(os.listdir(tmp_path)) == ["file", f"folder{suffix}"]
+    assert os.listdir(tmp_path / f"folder{suffix}") == []
+
+
+def test_a_target_below_a_file_is_refused_before_its_writer_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    called = []
+    with pytest.raises(OSError, match=r"^cannot write .*: (File exists|Not a directory)$") as error:
+        write_atomically(tmp_path / "file" / "fan.png", called.append)
+    assert str(tmp_path / "file" / "fan.png") in str(error.value)
+    assert called == []
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("name", ["table.xlsx", "table", "table.csv.gz", "table.PKL"])
 def test_write_refuses_other_suffixes(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}: '.*' is neither .parquet nor .csv"):
+    with pytest.raises(ValueError, match=rf"cannot write .*{name}: its name must end in \.parquet or \.csv$"):
         write_table(small_table(), tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+def test_check_suffix():
+    check_suffix("folder.csv/fan.png", ".png")
+    check_suffix(Path("table.csv"), ".parquet", ".csv")
+    for path in ("fan.jpg", "fan.PNG", "png", ".png", "fan.png.csv"):
+        with pytest.raises(ValueError, match=rf"^cannot write {path}: its name must end in \.png$"):
+            check_suffix(path, ".png")
