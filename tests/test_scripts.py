@@ -140,9 +140,13 @@ def csv_with(folder: Path, change) -> str:
         {
             "ticker": "T0",
             "date": pd.bdate_range("2020-01-01", periods=120).strftime("%Y-%m-%d"),
-            **{"open": 10.0, "high": 11.0, "low": 9.0, "close": 10.5, "volume": 1000.0},
+            "open": 10.0,
+            "high": 11.0,
+            "low": 9.0,
+            "close": 10.5,
+            "volume": 1000.0,
         }
-    ).astype({column: object for column in ("open", "high", "low", "close", "volume")})
+    ).astype(dict.fromkeys(("open", "high", "low", "close", "volume"), object))
     path = folder / "broken.csv"
     change(bars).to_csv(path, index=False)
     return str(path)
