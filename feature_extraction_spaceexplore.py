@@ -41,6 +41,9 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
     missing = [column for column in TABLE_COLUMNS if column not in prices.columns]
     if missing:
         raise ValueError(f"the price table has no column {missing[0]!r}; it has {', '.join(map(str, prices.columns))}")
+    twice = prices.columns[prices.columns.duplicated()].intersection(TABLE_COLUMNS)
+    if len(twice):
+        raise ValueError(f"the price table has column {twice[0]!r} twice")
     if prices.empty:
         raise ValueError("the price table is empty")
     table = prices[TABLE_COLUMNS].reset_index(drop=True)
@@ -60,11 +63,17 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
 def _dates(table: pd.DataFrame) -> pd.Series:
     # pandas would read numbers as nanoseconds since 1970.
     numeric = pd.api.types.is_numeric_dtype(table["date"])
-    dates = pd.to_datetime(table["date"].astype(str) if numeric else table["date"], errors="coerce")
+    try:
+        dates = pd.to_datetime(table["date"].astype(str) if numeric else table["date"], errors="coerce")
+    except ValueError as error:  # several offsets in one column
+        first = table.iloc[0]
+        raise ValueError(f"{first['ticker']}: {str(first['date'])!r} and later dates mix time zones") from error
+    dates = dates.dt.tz_localize(None).dt.normalize()
+    dates = dates.where(dates.between(pd.Timestamp.min, pd.Timestamp.max))  # what nanoseconds since 1970 can hold
     if dates.isna().any():
         row = table.loc[dates.isna().idxmax()]
         raise ValueError(f"{row['ticker']}: {str(row['date'])!r} is not a date")
-    return dates.dt.tz_localize(None).dt.normalize().astype("datetime64[ns]")
+    return dates.astype("datetime64[ns]")
 
 
 def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
@@ -84,10 +93,10 @@ def _check_bars(table: pd.DataFrame) -> None:
     for column in PRICE_COLUMNS:
         _refuse(table, table[column] <= 0, column, "is not a positive price")
     _refuse(table, table["volume"] < 0, "volume", "is negative")
-    _refuse(table, table["high"] < table["low"], "high", "is below the low of {low:g}")
+    _refuse(table, table["high"] < table["low"], "high", "is below the low of {low:.10g}")
     for column in ("open", "close"):
-        _refuse(table, table[column] > table["high"], column, "is above the high of {high:g}")
-        _refuse(table, table[column] < table["low"], column, "is below the low of {low:g}")
+        _refuse(table, table[column] > table["high"], column, "is above the high of {high:.10g}")
+        _refuse(table, table[column] < table["low"], column, "is below the low of {low:.10g}")
 
 
 def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, complaint: str) -> None:
@@ -95,7 +104,7 @@ def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, complaint: str) ->
         return
     row = table.loc[bad.idxmax()]
     value = row[column].date() if column == "date" else row[column]
-    value = f"{value:g}" if isinstance(value, float) else str(value)
+    value = f"{value:.10g}" if isinstance(value, float) else str(value)
     raise ValueError(f"{row['ticker']} {row['date'].date()}: {column} {value} {complaint.format(**row)}")
 
 
@@ -223,7 +232,8 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"feature {self.feature_names[int(empty.argmax())]!r} has no value in the training split")
         center, spread = _STATISTICS[self.normalization](values)
         self.center = center.tolist()
-        self.spread = np.where(spread > 0, spread, 1.0).tolist()
+        # The standard deviation of a constant is a rounding error, not zero.
+        self.spread = np.where(spread > 1e-12 * np.maximum(np.abs(center), 1.0), spread, 1.0).tolist()
         return self
 
     def encode(self, prices: pd.DataFrame, features: pd.DataFrame | None = None) -> list[EncodedSeries]:

@@ -105,6 +105,12 @@ def _library(result: pd.Series | pd.DataFrame | None, bars: pd.DataFrame, column
 # other inputs on another machine. Hence talib=False wherever the library has the choice.
 
 
+def _where_moving(column: pd.Series, bars: pd.DataFrame, window: int) -> pd.Series:
+    # Of a price that stood still for a whole window the library gives rounding errors over rounding errors.
+    still = bars["high"].rolling(window).max() == bars["low"].rolling(window).min()
+    return column.mask(still)
+
+
 # --- price: the shape of the day's bar ---
 
 
@@ -192,7 +198,8 @@ def rsi(bars, window):
 
 
 def _stochastic(bars: pd.DataFrame, column: str) -> pd.Series:
-    return _library(ta.stoch(bars["high"], bars["low"], bars["close"], talib=False), bars, column)
+    column = _library(ta.stoch(bars["high"], bars["low"], bars["close"], talib=False), bars, column)
+    return _where_moving(column, bars, 14)
 
 
 @indicator("momentum")
@@ -207,7 +214,8 @@ def stochastic_d(bars):
 
 @indicator("momentum")
 def cci_20(bars):
-    return _library(ta.cci(bars["high"], bars["low"], bars["close"], length=20, talib=False), bars) / 100
+    cci = _library(ta.cci(bars["high"], bars["low"], bars["close"], length=20, talib=False), bars)
+    return _where_moving(cci, bars, 20) / 100
 
 
 @indicator("momentum")
@@ -238,7 +246,7 @@ def parkinson_volatility(bars, window):
 
 
 def _bollinger(bars: pd.DataFrame, column: str) -> pd.Series:
-    return _library(ta.bbands(bars["close"], length=20, std=2.0, talib=False), bars, column)
+    return _where_moving(_library(ta.bbands(bars["close"], length=20, std=2.0, talib=False), bars, column), bars, 20)
 
 
 @indicator("volatility")

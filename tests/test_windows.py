@@ -222,7 +222,7 @@ def test_prices_at_the_end_of_the_train_range_reach_training():
 @settings(deadline=None, max_examples=25)
 @given(markets(), st.integers(1, 40), st.integers(1, 50), st.booleans())
 def test_windows_are_views_within_the_histories(series, context, stride, score_once):
-    dataset = supervised_windows(series, [1, 2], EVER, context, stride, score_once)
+    dataset = supervised_windows(series, [1, 2], EVER, context, min(stride, context), score_once)
     assert len(dataset) == len(dataset.ends)
     for index, (which, end) in enumerate(dataset.ends):
         assert 0 <= which < len(series)
