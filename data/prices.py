@@ -61,7 +61,7 @@ def _check_known(tickers: Sequence[str] | None, available: Sequence[str], path: 
 
 def load_prices(path: str | None, tickers: str | None) -> pd.DataFrame:
     """What a command line's `--prices` and `--tickers` name: see `read_prices`, `parse_tickers`; else the sample."""
-    return read_prices(path or SAMPLE_PATH, None if tickers is None else parse_tickers(tickers))
+    return read_prices(SAMPLE_PATH if path is None else path, None if tickers is None else parse_tickers(tickers))
 
 
 def read_sample(tickers: Sequence[str] | None = None) -> pd.DataFrame:

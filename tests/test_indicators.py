@@ -13,6 +13,7 @@ import talib
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from spaceexploreai import indicators_spaceexplore
 from spaceexploreai.data.prices import read_sample
 from spaceexploreai.indicators_spaceexplore import (
     INDICATORS,
@@ -457,21 +458,22 @@ def test_there_are_enough_columns():
 
 
 def test_registration(monkeypatch):
-    for name in ("planted", "planted_3", "planted_5"):
-        monkeypatch.setitem(INDICATORS, name, None)
-        del INDICATORS[name]  # monkeypatch takes out afterwards what the registration puts in
+    registry = dict(INDICATORS)
+    monkeypatch.setattr(indicators_spaceexplore, "INDICATORS", registry)  # a name that stayed would enter other tests
 
     @indicator("test")
     def planted(bars):
         return bars["close"] / bars["open"]
 
     @indicator("test", windows=(3, 5))
-    def planted_(bars, window):
+    def planted_ratio(bars, window):
         return bars["close"] / bars["close"].shift(window)
 
-    assert "planted" in INDICATORS
+    assert registry.keys() - INDICATORS.keys() == {"planted", "planted_ratio_3", "planted_ratio_5"}
     bars = make_bars(20, 1)
-    np.testing.assert_array_equal(compute_indicators(bars, ["planted"])[:, 0], planted(bars))
+    expected = np.stack([planted(bars), planted_ratio(bars, 3), planted_ratio(bars, 5)], axis=1)
+    names = ["planted", "planted_ratio_3", "planted_ratio_5"]
+    np.testing.assert_array_equal(compute_indicators(bars, names), expected)
 
 
 def test_columns_come_in_the_order_asked_for():
