@@ -12,6 +12,7 @@ import torch
 from conftest import RECIPE, make_market, tiny_run
 from safetensors.torch import load_file
 
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import chronological_split
 from spaceexploreai.evaluation.metrics import score
@@ -19,7 +20,7 @@ from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureEx
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
 from spaceexploreai.train.arguments import parse_run
-from spaceexploreai.train.sft import main, save_checkpoint, train
+from spaceexploreai.train.sft import main, record_cutoffs, save_checkpoint, train
 
 
 def losses(trainer) -> list[float]:
@@ -92,6 +93,15 @@ def test_statistics_are_those_of_the_training_range_alone(checkpoint, market):
     assert fitted == (extractor.center, extractor.spread)
 
 
+def test_what_a_checkpoint_has_seen_stays_seen():
+    """Going on with older prices must not open newer dates to evaluation."""
+    old = chronological_split(make_market(tickers=1, days=300)["date"], horizon=10)
+    config = SpaceExploreConfig(train_cutoff="2019-01-02", selection_cutoff="2005-01-03")
+    record_cutoffs(config, old)
+    assert config.train_cutoff == "2019-01-02"
+    assert config.selection_cutoff == f"{old.validation.end:%Y-%m-%d}"
+
+
 def test_training_continues_from_a_checkpoint_with_its_own_statistics(tmp_path, checkpoint, market):
     config = str(RECIPE / "sft.yaml")
     (tmp_path / "continue.yaml").write_text(
@@ -101,6 +111,7 @@ def test_training_continues_from_a_checkpoint_with_its_own_statistics(tmp_path, 
     run[run.index(config)] = str(tmp_path / "continue.yaml")
     del run[run.index("--model_config") : run.index("--model_config") + 2]
     trainer = train(*parse_run(run))
+    assert trainer.model.config.train_cutoff == load_checkpoint(checkpoint)[0].config.train_cutoff
     original = SpaceExploreFeatureExtractor.from_pretrained(checkpoint)
     assert trainer.processing_class.center == original.center
     assert trainer.state.global_step == 4

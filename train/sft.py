@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.prices import load_prices
-from spaceexploreai.data.windows import WindowDataset, chronological_split, supervised_windows
+from spaceexploreai.data.windows import Split, WindowDataset, chronological_split, supervised_windows
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.train.arguments import DataArguments, ModelArguments, command, parse_run
@@ -75,14 +75,19 @@ def make_datasets(data_args: DataArguments, extractor: SpaceExploreFeatureExtrac
     return split, *windows
 
 
+def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
+    """Notes the last dates seen. What a checkpoint saw before stays seen, also when it goes on with older data."""
+    for name, dates in (("train_cutoff", split.train), ("selection_cutoff", split.validation)):
+        setattr(config, name, max(getattr(config, name) or "", dates.end.date().isoformat()))
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
     """Trains; `training_args.output_dir` receives the intermediate checkpoints."""
     set_seed(training_args.seed)
     extractor = make_extractor(model_args, data_args)
     config = make_config(model_args, extractor)
     split, train_windows, validation_windows = make_datasets(data_args, extractor, list(config.horizons))
-    config.train_cutoff = split.train.end.date().isoformat()
-    config.selection_cutoff = split.validation.end.date().isoformat()
+    record_cutoffs(config, split)
     trainer = Trainer(
         model=make_model(model_args, config, train_windows),
         args=training_args,
