@@ -30,6 +30,7 @@ def train_tiny(args: argparse.Namespace) -> Trainer:
     """Runs the tiny recipe; its checkpoints are scratch, only the best is kept."""
     options = {"prices": args.prices, "tickers": args.tickers, "num_train_epochs": args.num_train_epochs}
     argv = ["--config", str(RECIPE / "sft.yaml"), "--model_config", str(RECIPE / "config.json")]
+    argv += ["--disable_tqdm", "false"]  # which would follow the library's verbosity
     for name, value in options.items():
         argv += [] if value is None else [f"--{name}", str(value)]
     with TemporaryDirectory() as scratch:
