@@ -19,6 +19,9 @@ except ImportError:
 
 PRICE_COLUMNS = ["open", "high", "low", "close"]
 TABLE_COLUMNS = ["ticker", "date", *PRICE_COLUMNS, "volume"]
+_YEAR = r"(?:1[89]|20)\d{2}"
+# Year first only: 01/02/2020 is January in New York and February in London.
+_DATE = rf"^({_YEAR}-\d{{2}}-\d{{2}}|{_YEAR}/\d{{2}}/\d{{2}}|{_YEAR}\d{{4}})(?:[T ]\d{{2}}:\d{{2}}.*)?$"
 VOLATILITY_BARS = 20  # bars before `ewma_volatility`, and with it `scale`, is known
 
 
@@ -47,7 +50,7 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
     if prices.empty:
         raise ValueError("the price table is empty")
     table = prices[TABLE_COLUMNS].reset_index(drop=True)
-    nameless = table["ticker"].isna() | (table["ticker"] == "")
+    nameless = table["ticker"].isna() | table["ticker"].astype(str).str.strip().eq("")
     if nameless.any():
         raise ValueError(f"row {int(nameless.idxmax())} of the price table has no ticker")
     table["ticker"] = table["ticker"].astype(str)
@@ -60,20 +63,30 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def parse_dates(dates: pd.Series) -> pd.Series:
+    """Naive midnight of each day as written: an offset is the exchange's own, so its local day is the trading day.
+
+    Args:
+        dates: timestamps, or text or integers that begin with the year (2020-01-31, 2020/01/31, 20200131).
+
+    Returns:
+        datetime64[ns], NaT for what is no date.
+    """
+    if pd.api.types.is_datetime64_any_dtype(dates):
+        days = dates.dt.tz_localize(None).dt.normalize()
+    else:
+        text = dates.astype(str).str.strip().str.extract(_DATE, expand=False).str.replace("/", "-")
+        days = pd.to_datetime(text, format="ISO8601", errors="coerce")
+    # What nanoseconds since 1970 can hold.
+    return days.where(days.between(pd.Timestamp.min, pd.Timestamp.max)).astype("datetime64[ns]")
+
+
 def _dates(table: pd.DataFrame) -> pd.Series:
-    # pandas would read numbers as nanoseconds since 1970.
-    numeric = pd.api.types.is_numeric_dtype(table["date"])
-    try:
-        dates = pd.to_datetime(table["date"].astype(str) if numeric else table["date"], errors="coerce")
-    except ValueError as error:  # several offsets in one column
-        first = table.iloc[0]
-        raise ValueError(f"{first['ticker']}: {str(first['date'])!r} and later dates mix time zones") from error
-    dates = dates.dt.tz_localize(None).dt.normalize()
-    dates = dates.where(dates.between(pd.Timestamp.min, pd.Timestamp.max))  # what nanoseconds since 1970 can hold
+    dates = parse_dates(table["date"])
     if dates.isna().any():
         row = table.loc[dates.isna().idxmax()]
         raise ValueError(f"{row['ticker']}: {str(row['date'])!r} is not a date")
-    return dates.astype("datetime64[ns]")
+    return dates
 
 
 def _numbers(table: pd.DataFrame, column: str) -> pd.Series:

@@ -15,15 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, validate_prices
+from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, parse_dates, validate_prices
 
 SAMPLE_PATH = Path(__file__).parent / "sample" / "stocks.csv.gz"
 TICKER_PATTERN = re.compile(r"[A-Z0-9^][A-Z0-9.^=-]{0,14}")
 YAHOO_PATTERN = re.compile(r"(?P<ticker>.+)_yahoo_(?P<stamp>\d{8})\.csv")
-# Year first only: 01/02/2020 is January in New York and February in London.
-YEAR = r"(?:1[89]|20)\d{2}"
-DATE_PATTERN = rf"^({YEAR}-\d{{2}}-\d{{2}}|{YEAR}/\d{{2}}/\d{{2}}|{YEAR}\d{{4}})(?:[T ]\d{{2}}:\d{{2}}.*)?$"
-
 FORWARD_SPLITS = np.array([5 / 4, 4 / 3, 3 / 2, 5 / 3, 5 / 2, *range(2, 101)])
 SPLIT_RATIOS = np.concatenate([1 / FORWARD_SPLITS, FORWARD_SPLITS])
 # Wide enough for an adjusted close rounded to cents and for a quarterly dividend on the day of the split.
@@ -167,16 +163,10 @@ def _read_csv(path: Path, required: Sequence[str], tickers: Sequence[str] | None
 
 
 def _parse_dates(bars: pd.DataFrame, path: Path) -> pd.Series:
-    """Naive midnight of the day as written: an offset is the exchange's own, so its local day is the trading day."""
-    dates = bars["date"]
-    if pd.api.types.is_datetime64_any_dtype(dates):
-        days = dates.dt.tz_localize(None).dt.normalize()
-    else:
-        text = dates.astype(str).str.strip().str.extract(DATE_PATTERN, expand=False).str.replace("/", "-")
-        days = pd.to_datetime(text, format="ISO8601", errors="coerce")
+    days = parse_dates(bars["date"])
     if days.isna().any():
         row = days.isna().idxmax()
-        raise ValueError(f"{path}, {bars['ticker'][row]}: {str(dates[row])!r} is not a date (YYYY-MM-DD)")
+        raise ValueError(f"{path}, {bars['ticker'][row]}: {str(bars['date'][row])!r} is not a date (YYYY-MM-DD)")
     return days
 
 

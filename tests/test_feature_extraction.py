@@ -100,10 +100,10 @@ MALFORMED = {
     "day of a spreadsheet": ({"date": [43832, 43833, 43832]}, "AAA: '43832' is not a date"),
     "seconds since 1970": ({"date": [1577923200, 1578009600, 1577923200]}, "AAA: '1577923200' is not a date"),
     "far year": ({"date": ["2020-01-02", "9999-12-31", "2020-01-02"]}, "AAA: '9999-12-31' is not a date"),
-    "two time zones": (
-        {"date": ["2020-03-06 00:00-05:00", "2020-03-09 00:00-04:00", "2020-03-06 00:00-05:00"]},
-        "AAA: '2020-03-0",
-    ),
+    "month first": ({"date": ["01/02/2020", "01/03/2020", "01/02/2020"]}, "AAA: '01/02/2020' is not a date"),
+    "today": ({"date": ["2020-01-02", "today", "2020-01-02"]}, "AAA: 'today' is not a date"),
+    "year alone": ({"date": [2020, 2021, 2020]}, "AAA: '2020' is not a date"),
+    "blank ticker": ({"ticker": ["AAA", "AAA", "  "]}, "row 2 of the price table has no ticker"),
     "no ticker": ({"ticker": ["AAA", "AAA", None]}, "row 2 of the price table has no ticker"),
     "empty ticker": ({"ticker": ["", "AAA", "BBB"]}, "row 0 of the price table has no ticker"),
 }
@@ -152,6 +152,9 @@ SAME_TABLE = {
     "tickers backwards": small_table().iloc[[2, 0, 1]],
     "other columns": small_table()[TABLE_COLUMNS[::-1]].assign(adj_close=1.0, sector="x"),
     "text": small_table().astype(str),
+    "summer and winter time": small_table().assign(
+        date=["2020-01-02 00:00:00-05:00", "2020-01-03 00:00:00-04:00", "2020-01-02 00:00:00-05:00"]
+    ),
     "compact dates": small_table().assign(date=[20200102, 20200103, 20200102]),
     "categorical": small_table().astype({"ticker": pd.CategoricalDtype(["BBB", "AAA"])}),
     "time zone": small_table().assign(date=small_table()["date"].dt.tz_localize("America/New_York")),
