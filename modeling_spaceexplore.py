@@ -15,10 +15,12 @@
 # limitations under the License.
 """PyTorch SpaceExploreAI model: a causal decoder over daily market features, after DeepSeek-V3 (arXiv 2412.19437)."""
 
-# Shapes: B batch, T time steps, F features, D hidden, N heads, E experts, K experts per token, H horizons, Q quantiles
+# Shapes: B batch, T time steps, S tokens, F features, D hidden, N heads, E experts, K experts per token, H horizons,
+# Q quantiles, V return tokens
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import torch
@@ -27,19 +29,28 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
+from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spaceexplore import SpaceExploreConfig
+from .front_end_spaceexplore import (
+    SpaceExploreInputDyT,
+    SpaceExploreMSCNN,
+    SpaceExploreValueEmbedding,
+    SpaceExploreWavelet,
+)
+from .t2t_spaceexplore import IGNORE_INDEX, SpaceExploreT2T, SpaceExploreT2TDecoder, word_labels
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -63,20 +74,6 @@ class SpaceExploreRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-class SpaceExploreValueEmbedding(nn.Module):
-    """Embeds each time step; a missing value (NaN) is zero plus its own indicator."""
-
-    def __init__(self, config: SpaceExploreConfig):
-        super().__init__()
-        self.value_proj = nn.Linear(config.num_features, config.hidden_size)
-        self.missing_proj = nn.Linear(config.num_features, config.hidden_size, bias=False)
-
-    def forward(self, past_values: torch.Tensor) -> torch.Tensor:
-        missing = torch.isnan(past_values)
-        values = past_values.masked_fill(missing, 0.0).to(self.value_proj.weight.dtype)
-        return self.value_proj(values) + self.missing_proj(missing.to(values.dtype))  # (B, T, D)
-
-
 class SpaceExploreRotaryEmbedding(nn.Module):
     def __init__(self, config: SpaceExploreConfig):
         super().__init__()
@@ -94,12 +91,12 @@ class SpaceExploreRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: SpaceExploreConfig, **kwargs) -> tuple[torch.Tensor, float]:
         """
-        Computes the inverse frequencies of RoFormer (arXiv 2104.09864) over the decoupled rotary dimensions.
+        Computes the inverse frequencies of RoFormer (arXiv 2104.09864) over the rotary dimensions of a head.
 
         Returns:
             Tuple of (`torch.Tensor`, `float`), containing the inverse frequencies and the scaling of cos/sin, here 1.
         """
-        dim = config.qk_rope_head_dim
+        dim = config.head_dim
         inv_freq = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
         return inv_freq, 1.0
 
@@ -107,18 +104,18 @@ class SpaceExploreRotaryEmbedding(nn.Module):
     @dynamic_rope_update  # power user: used with advanced RoPE types (e.g. dynamic rope)
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        emb = torch.cat((freqs, freqs), dim=-1)  # (B, T, qk_rope_head_dim)
+        emb = torch.cat((freqs, freqs), dim=-1)  # (B, T, head_dim)
         cos = emb.cos() * self.attention_scaling
         sin = emb.sin() * self.attention_scaling
         return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
 
 
 class SpaceExploreMLP(nn.Module):
-    """SwiGLU network of the shared experts, side by side in one."""
+    """SwiGLU network: of a dense layer, or of the shared experts side by side in one."""
 
-    def __init__(self, config: SpaceExploreConfig):
+    def __init__(self, config: SpaceExploreConfig, intermediate_size: int | None = None):
         super().__init__()
-        intermediate_size = config.moe_intermediate_size * config.n_shared_experts
+        intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
@@ -182,7 +179,7 @@ class SpaceExploreMoE(nn.Module):
         super().__init__()
         self.experts = SpaceExploreExperts(config)
         self.gate = SpaceExploreTopkRouter(config)
-        self.shared_experts = SpaceExploreMLP(config)
+        self.shared_experts = SpaceExploreMLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         _, top_k_weights, top_k_index = self.gate(hidden_states)
@@ -254,6 +251,71 @@ def apply_rotary_pos_emb(
 
 
 class SpaceExploreAttention(nn.Module):
+    """Multi-head attention as Llama's; with fewer key and value heads grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: SpaceExploreConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, seq_length = hidden_states.shape[:-1]
+        hidden_shape = (batch_size, seq_length, -1, self.head_dim)
+
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(batch_size, seq_length, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class SpaceExploreLatentCore(nn.Module):
+    """What the library's attention functions ask of a module, where all heads share one latent as key and value."""
+
+    def __init__(self, config: SpaceExploreConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = config.num_attention_heads
+        self.is_causal = True
+
+
+class SpaceExploreLatentAttention(nn.Module):
     """Multi-head latent attention with decoupled rotary dimensions (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
     def __init__(self, config: SpaceExploreConfig, layer_idx: int):
@@ -270,7 +332,8 @@ class SpaceExploreAttention(nn.Module):
         self.v_head_dim = config.v_head_dim
         self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.is_causal = True
-        self.scaling = self.qk_head_dim**-0.5
+        self.scaling = yarn_apply_mscale(config.rope_parameters, self.qk_head_dim**-0.5)
+        self.latent_core = SpaceExploreLatentCore(config, layer_idx)
 
         bias = config.attention_bias
         q_width = self.num_heads * self.qk_head_dim
@@ -309,12 +372,31 @@ class SpaceExploreAttention(nn.Module):
         k_nope, value_states = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1), value_states
 
+    def can_absorb(self) -> bool:
+        """Whether the weight of `kv_b_proj` is all it does: adapters, quantisation and offloading do more."""
+        return type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.device.type != "meta"
+
+    def attend_to_latents(
+        self, attend: Callable, q_pass: torch.Tensor, q_rot: torch.Tensor, kv_nope: torch.Tensor, k_rot: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        `attend` without expanding the cache: the expansion of the keys is absorbed into the query and that of the
+        values into the output, which leaves attention of all heads to one latent (DeepSeek-V2, section 2.1.2).
+        """
+        up = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        key_up, value_up = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        query_states = torch.cat((torch.matmul(q_pass, key_up), q_rot), dim=-1)  # (B, N, 1, kv_lora_rank + rotary)
+        key_states = torch.cat((kv_nope, k_rot), dim=-1)
+        attn_output, attn_weights = attend(self.latent_core, query_states, key_states, kv_nope)
+        attn_output = torch.matmul(attn_output.transpose(1, 2), value_up.transpose(1, 2))
+        return attn_output.transpose(1, 2), attn_weights
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, seq_length = hidden_states.shape[:-1]
@@ -326,34 +408,41 @@ class SpaceExploreAttention(nn.Module):
         # Both latents are viewed as single-head, 4D tensors so all cache layers handle them correctly
         kv_nope = self.kv_a_layernorm(kv_nope).unsqueeze(1)
         q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot.unsqueeze(1), *position_embeddings)
-        if past_key_values is not None:
-            kv_nope, k_rot = past_key_values.update(kv_nope, k_rot, self.layer_idx)
+        if cache is not None:
+            kv_nope, k_rot = cache.update(kv_nope, k_rot, self.layer_idx)
 
-        query_states = torch.cat((q_pass, q_rot), dim=-1)  # (B, N, T, qk_head_dim)
-        key_states, value_states = self.expand_kv(kv_nope, k_rot)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
+        attend = partial(
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward),
+            attention_mask=attention_mask,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
             **kwargs,
         )
+        if cache is not None and seq_length == 1 and self.can_absorb():
+            attn_output, attn_weights = self.attend_to_latents(attend, q_pass, q_rot, kv_nope, k_rot)
+        else:
+            query_states = torch.cat((q_pass, q_rot), dim=-1)  # (B, N, T, qk_head_dim)
+            attn_output, attn_weights = attend(self, query_states, *self.expand_kv(kv_nope, k_rot))
         attn_output = attn_output.reshape(batch_size, seq_length, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
+
+
+ATTENTION_CLASSES = {
+    "mla": SpaceExploreLatentAttention,
+    "gqa": SpaceExploreAttention,
+    "mha": SpaceExploreAttention,
+}
 
 
 class SpaceExploreDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpaceExploreConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = SpaceExploreAttention(config=config, layer_idx=layer_idx)
-        self.mlp = SpaceExploreMoE(config)
+        self.self_attn = ATTENTION_CLASSES[config.attention_type](config=config, layer_idx=layer_idx)
+        # CODEPATH: every checkpoint, as DeepSeek-V3's: the first layer is dense; dense students have no other.
+        if layer_idx >= config.first_k_dense_replace:
+            self.mlp = SpaceExploreMoE(config)
+        else:
+            self.mlp = SpaceExploreMLP(config)
         self.input_layernorm = SpaceExploreRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = SpaceExploreRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -363,7 +452,7 @@ class SpaceExploreDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -373,7 +462,7 @@ class SpaceExploreDecoderLayer(GradientCheckpointingLayer):
             hidden_states=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
@@ -392,8 +481,8 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
     main_input_name = "past_values"
     input_modalities = ("time",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SpaceExploreDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["SpaceExploreDecoderLayer", "SpaceExploreMSCNN", "SpaceExploreT2T"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -401,7 +490,7 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": SpaceExploreDecoderLayer,
-        "attentions": SpaceExploreAttention,
+        "attentions": [SpaceExploreLatentAttention, SpaceExploreAttention],
         "router_logits": OutputRecorder(SpaceExploreTopkRouter, index=0),
     }
 
@@ -414,19 +503,120 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
         elif isinstance(module, SpaceExploreExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, SpaceExploreInputDyT):
+            init.constant_(module.alpha, 0.5)
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SpaceExploreWavelet):
+            init.copy_(module.scaling_filter, module.make_filter())
+        elif isinstance(module, SpaceExploreT2T):
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, SpaceExploreT2TDecoder):
+            init.normal_(module.mask_token, mean=0.0, std=std)
         elif isinstance(module, SpaceExploreQuantileHead):
             # Returns in units of their volatility are near a unit normal.
             init.copy_(module.bias, module.bias_for(module.unit_normal_quantiles()))
 
-    def get_input_embeddings(self):
-        """None: time steps are projected, not looked up. FSDP asks every model for it."""
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The token embedding; None where there is none, since time steps are projected. FSDP asks every model."""
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.base_model.embed_tokens = value
+
+    def describe(
+        self, past_values: torch.Tensor, attention_mask: torch.Tensor | None = None, dates=None
+    ) -> list[list[dict]]:
+        """Words for the patches of each series, see `SpaceExploreT2T.describe`."""
+        if self.base_model.t2t is None:
+            raise ValueError(
+                "this network has no time-to-text extractor, "
+                f"got t2t_num_hidden_layers={self.config.t2t_num_hidden_layers}"
+            )
+        self.base_model.check_values(past_values, attention_mask)
+        return self.base_model.t2t.describe(past_values, attention_mask, dates)
+
+    def expert_load(
+        self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Share of the choices that each expert got, over unpadded steps; 1/E is balance.
+
+        Args:
+            router_logits (`tuple(torch.Tensor)`): as returned with `output_router_logits=True`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 for padded steps.
+        Returns:
+            `torch.Tensor` of shape `(num_moe_layers, n_routed_experts)`, rows of which sum to 1.
+        """
+        logits = torch.stack([layer.detach().float() for layer in router_logits])  # (L, B*T, E)
+        chosen = torch.zeros_like(logits).scatter(-1, logits.topk(self.config.num_experts_per_tok).indices, 1.0)
+        if attention_mask is not None:
+            chosen = chosen * attention_mask.flatten().unsqueeze(-1)
+        load = chosen.sum(dim=1)
+        return load / load.sum(dim=-1, keepdim=True).clamp(min=1)
+
+    def wants_router_logits(self, labels: torch.Tensor | None, output_router_logits: bool | None) -> bool:
+        """The load-balancing loss needs them in training."""
+        if output_router_logits is not None:
+            return output_router_logits
+        return self.config.output_router_logits or (labels is not None and self.training)
+
+    def load_balancing_loss(self, outputs: ModelOutput, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over unpadded steps; `None` without a router."""
+        if not outputs.router_logits:
+            return None
+        return load_balancing_loss_func(
+            outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
+        )
+
+    def average_loss(
+        self,
+        total: torch.Tensor,
+        count: torch.Tensor,
+        outputs: ModelOutput,
+        aux_loss: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """
+        The mean over labels of a loss summed over `count` of them, and the two auxiliary losses.
+
+        Those are weighted by the labels they stand for, so that micro-batches add up to a mean, not to a sum.
+        """
+        if aux_loss is not None:
+            total = total + self.config.router_aux_loss_coef * aux_loss * count
+        if outputs.feature_loss is not None:
+            total = total + self.config.t2t_loss_weight * outputs.feature_loss * count
+        items = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch, device=total.device)
+        return total / items.clamp(min=1)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Hidden states of the backbone, and what its training needs of the front end.")
+@dataclass
+class SpaceExploreModelOutput(MoeModelOutputWithPast):
+    r"""
+    feature_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned in training when `t2t_loss_weight` is set):
+        Distance between the features of the multi-scale CNN and those of the time-to-text extractor.
+    """
+
+    feature_loss: torch.FloatTensor | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    The SpaceExploreAI backbone. It reads time steps, or tokens among which `<ts>` placeholders stand for time steps.
+    """
+)
 class SpaceExploreModel(SpaceExplorePreTrainedModel):
     def __init__(self, config: SpaceExploreConfig):
         super().__init__(config)
         self.value_embedding = SpaceExploreValueEmbedding(config)
+        self.mscnn = SpaceExploreMSCNN(config)
+        # CODEPATH: the tiny recipe has no extractor.
+        self.t2t = SpaceExploreT2T(config).requires_grad_(False) if config.t2t_num_hidden_layers else None
+        # CODEPATH: checkpoints that learn from a trained extractor.
+        self.feature_proj = nn.Linear(config.hidden_size, config.t2t_hidden_size) if config.t2t_loss_weight else None
+        # CODEPATH: causal language models; a parameter that is never used would stop distributed training.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.vocab_size else None
         self.layers = nn.ModuleList(
             [SpaceExploreDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -442,29 +632,43 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
     @auto_docstring
     def forward(
         self,
-        past_values: torch.FloatTensor,
+        past_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_values_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> SpaceExploreModelOutput:
         r"""
-        past_values (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_features)`):
-            Normalised features, oldest first. NaN stands for a missing value.
+        past_values (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_features)`, *optional*):
+            Normalised features, oldest first. NaN stands for a missing value. With a `cache` the whole history is
+            given again, as is its `attention_mask`: the multi-scale CNN looks back, and only new steps are decoded.
+        past_values_mask (`torch.Tensor` of shape `(batch_size, num_steps)`, *optional*):
+            With `input_ids`: 0 for padded steps of `past_values`. Each row has a `<ts>` token for each other step.
         """
-        self.check_shape(past_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        past_seen = cache.get_seq_length() if cache is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if input_ids is None and inputs_embeds is None:
+            past_values_mask = attention_mask
+            values = self.embed_values(past_values, attention_mask)  # (B, T, D)
+            hidden_states = self.new_steps(values, past_seen)
+        else:
+            values = None if past_values is None else self.embed_values(past_values, past_values_mask)
+            hidden_states = self.fill_placeholders(input_ids, inputs_embeds, values, past_values_mask)  # (B, S, D)
+        feature_loss = self.feature_loss(values, past_values, past_values_mask)
+        self.check_length(hidden_states.shape[1], past_seen)
         if position_ids is None:
-            position_ids = self.make_position_ids(past_values, attention_mask, past_key_values)
+            position_ids = self.make_position_ids(hidden_states, attention_mask, past_seen)
 
-        hidden_states = self.value_embedding(past_values)  # (B, T, D)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -473,37 +677,105 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+        return SpaceExploreModelOutput(
+            last_hidden_state=self.norm(hidden_states), cache=cache, feature_loss=feature_loss
         )
 
-    def check_shape(self, past_values: torch.Tensor):
-        if past_values.ndim != 3 or past_values.shape[-1] != self.config.num_features:
+    def embed_values(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """Front end: time steps (B, T, F) to what the decoder reads, (B, T, D)."""
+        self.check_values(past_values, mask)
+        return self.mscnn(self.value_embedding(past_values, mask), mask)
+
+    def feature_loss(
+        self, values: torch.Tensor | None, past_values: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if self.feature_proj is None or values is None or not self.training:
+            return None
+        return self.t2t.feature_loss(values, past_values, mask, self.feature_proj)
+
+    def new_steps(self, values: torch.Tensor, past_seen: int) -> torch.Tensor:
+        if past_seen >= values.shape[1]:
             raise ValueError(
-                f"past_values must be (batch, time, {self.config.num_features} features), "
+                f"past_values must be the whole history, the {past_seen} steps in the cache and newer ones; "
+                f"got {values.shape[1]} steps"
+            )
+        return values[:, past_seen:]
+
+    def fill_placeholders(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        values: torch.Tensor | None,
+        values_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Embeds tokens, (B, S, D), and puts the unpadded `values` (B, T, D) in the places of the `<ts>` tokens."""
+        if input_ids is None:
+            if values is not None:
+                raise ValueError("past_values take the places of the <ts> tokens in input_ids, got inputs_embeds")
+            return inputs_embeds
+        if self.embed_tokens is None:
+            raise ValueError(f"input_ids need a token embedding, got vocab_size={self.config.vocab_size}")
+        placeholders = input_ids == self.config.ts_token_id
+        slots = placeholders.sum(dim=-1)
+        inputs_embeds = self.embed_tokens(input_ids)
+        if values is None:
+            torch_compilable_check(
+                ~placeholders.any(), lambda: f"{slots.max()} <ts> tokens stand for past_values, got past_values=None"
+            )
+            return inputs_embeds
+        if values_mask is None:
+            values_mask = torch.ones_like(values[..., 0], dtype=torch.long)
+        steps = values_mask.bool().sum(dim=-1)
+        torch_compilable_check(
+            (slots == steps).all(),
+            lambda: f"past_values need a <ts> token for each step, {steps.tolist()} a row; got {slots.tolist()}",
+        )
+        # The k-th placeholder takes the k-th unpadded step; a sort by "is padded" that keeps the order finds it.
+        order = values_mask.bool().logical_not().int().argsort(dim=-1, stable=True)
+        index = order.gather(1, (placeholders.cumsum(dim=-1) - 1).clamp(min=0, max=order.shape[1] - 1))
+        filled = values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+        return torch.where(placeholders.unsqueeze(-1), filled.to(inputs_embeds.dtype), inputs_embeds)
+
+    def check_values(self, past_values: torch.Tensor | None, mask: torch.Tensor | None):
+        if past_values is None:
+            raise ValueError("the network needs past_values, or input_ids or inputs_embeds; got none of them")
+        if past_values.ndim != 3 or past_values.shape[-1] != self.config.num_features or past_values.shape[1] == 0:
+            raise ValueError(
+                f"past_values must be (batch, time, {self.config.num_features} features) with a step at least, "
                 f"got {tuple(past_values.shape)}"
             )
-        if past_values.shape[1] > self.config.max_position_embeddings:
+        if mask is not None and mask.shape != past_values.shape[:2]:
             raise ValueError(
-                f"a context of {past_values.shape[1]} steps is longer than "
+                f"the mask must be (batch, time) as past_values, {tuple(past_values.shape[:2])}, "
+                f"got {tuple(mask.shape)}"
+            )
+        if mask is not None:
+            real = mask.bool().any(dim=-1)
+            torch_compilable_check(
+                real.all(),
+                lambda: f"a row is masked as a whole, row {(~real).nonzero().flatten().tolist()} of the batch",
+            )
+
+    def check_length(self, seq_length: int, past_seen: int):
+        if seq_length + past_seen > self.config.context_limit:
+            raise ValueError(
+                f"a context of {seq_length + past_seen} steps is longer than "
                 f"max_position_embeddings={self.config.max_position_embeddings}"
             )
 
     @staticmethod
     def make_position_ids(
-        past_values: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+        hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_seen: int
     ) -> torch.Tensor:
         """Counts 0..n-1 from the first unpadded step, never calendar days: the library reads gaps as packing."""
-        batch_size, seq_length = past_values.shape[:2]
-        past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        batch_size, seq_length = hidden_states.shape[:2]
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_length:]
-        positions = torch.arange(seq_length, device=past_values.device) + past_seen
+        positions = torch.arange(seq_length, device=hidden_states.device) + past_seen
         return positions.unsqueeze(0).expand(batch_size, -1)
 
 
@@ -516,27 +788,48 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
 class SpaceExploreForecastOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        Weighted sum of squared error, pinball loss and load-balancing loss.
+        Weighted sum of squared error, pinball loss and, in training, the auxiliary losses.
     mean (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_horizons)`):
         Mean cumulative log-return to each horizon; in units of `scale * sqrt(horizon)` when no `scale` is given.
     quantiles (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_horizons, num_quantiles)`):
         Quantiles of the same, never crossing.
     aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with router logits):
         Load-balancing loss over unpadded steps.
-    past_key_values (`Cache`, *optional*, returned when `use_cache=True`):
-        Latents of multi-head latent attention.
+    cache (`Cache`, *optional*, returned when `use_cache=True`):
+        Latents of multi-head latent attention, or keys and values.
     router_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_router_logits=True`):
-        One tensor of shape `(batch_size * sequence_length, n_routed_experts)` per layer.
+        One tensor of shape `(batch_size * sequence_length, n_routed_experts)` per layer with experts.
     """
 
     loss: torch.FloatTensor | None = None
     mean: torch.FloatTensor | None = None
     quantiles: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring(custom_intro="What the training of the time-to-text extractor looks at.")
+@dataclass
+class SpaceExploreTimeToTextOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`):
+        Mean squared error of the hidden steps, plus the cross-entropy of the words of the visible patches where
+        `returns` are given.
+    reconstruction (`torch.FloatTensor` of shape `(batch_size, num_patches, patch_length, num_features)`):
+        Values of every patch, decoded from the visible ones.
+    word_logits (`torch.FloatTensor` of shape `(batch_size, num_patches, num_words)`):
+        Words of every patch; those of hidden patches mean nothing.
+    visible (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
+        Patches that the encoder saw.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    word_logits: torch.FloatTensor | None = None
+    visible: torch.BoolTensor | None = None
 
 
 class SpaceExploreQuantileHead(nn.Linear):
@@ -583,6 +876,30 @@ def pinball_loss(targets: torch.Tensor, quantiles: torch.Tensor, levels: torch.T
     return torch.maximum(levels * errors, (levels - 1) * errors).mean(-1)
 
 
+def typical_move(scale: torch.Tensor | None, labels: torch.Tensor | None, horizons: list[int]) -> torch.Tensor | None:
+    """
+    Size of a typical move to each horizon: volatility grows with the square root of time.
+
+    Args:
+        scale (`torch.Tensor` of shape `(B, T)`, *optional*): daily volatility known at each step.
+        labels (`torch.Tensor` of shape `(B, T, H)`, *optional*): what is to be measured in it.
+        horizons (`list[int]`): trading days ahead.
+    Returns:
+        `torch.Tensor` of shape `(B, T, H)`, or `None` without a scale.
+    """
+    if labels is not None and scale is None:
+        raise ValueError("labels need scale, the daily volatility known at each step; got scale=None")
+    if labels is not None and labels.shape != (*scale.shape, len(horizons)):
+        raise ValueError(
+            f"labels must be (batch, time, {len(horizons)} horizons {list(horizons)}) with the (batch, time) "
+            f"{tuple(scale.shape)} of scale, got {tuple(labels.shape)}"
+        )
+    if scale is None:
+        return None
+    days = torch.tensor(horizons, device=scale.device, dtype=torch.float)
+    return scale.float().unsqueeze(-1) * days.sqrt()
+
+
 @auto_docstring(
     custom_intro="""
     The SpaceExploreAI model with a regression head: mean and quantiles of the log-return over each horizon, at every
@@ -590,7 +907,8 @@ def pinball_loss(targets: torch.Tensor, quantiles: torch.Tensor, levels: torch.T
     """
 )
 class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
-    ignore_index = -100  # as a label: not supervised. Trainer counts the others as `num_items_in_batch`.
+    _tp_plan = {"mean_head": "colwise_gather_output", "quantile_head": "colwise_gather_output"}
+    _pp_plan = {"mean_head": (["hidden_states"], ["mean"]), "quantile_head": (["hidden_states"], ["quantiles"])}
 
     def __init__(self, config: SpaceExploreConfig):
         super().__init__(config)
@@ -623,7 +941,7 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
         scale: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_router_logits: bool | None = None,
@@ -649,27 +967,27 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
         >>> outputs = model(**extractor(prices))
         >>> extractor.decode(outputs, prices, model.config)
         ```"""
-        if output_router_logits is None:
-            # The load-balancing loss needs them in training.
-            output_router_logits = self.config.output_router_logits or (labels is not None and self.training)
-        outputs: MoeModelOutputWithPast = self.model(
+        step = typical_move(scale, labels, self.config.horizons)
+        output_router_logits = self.wants_router_logits(labels, output_router_logits)
+        outputs: SpaceExploreModelOutput = self.model(
             past_values=past_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             **kwargs,
         )
+        aux_loss = self.load_balancing_loss(outputs, attention_mask) if output_router_logits else None
         mean = self.mean_head(outputs.last_hidden_state).float()  # (B, T, H)
         quantiles = self.quantile_head(outputs.last_hidden_state)  # (B, T, H, Q)
 
-        aux_loss = self.load_balancing_loss(outputs, attention_mask) if output_router_logits else None
         loss = None
         if labels is not None:
-            loss = self.forecast_loss(mean, quantiles, labels, self.step(scale), num_items_in_batch, aux_loss)
-        if scale is not None:
-            step = self.step(scale)
+            total, count = self.forecast_loss(mean, quantiles, labels, step)
+            loss = self.average_loss(total, count, outputs, aux_loss, num_items_in_batch)
+        if step is not None:
+            step = step[:, -mean.shape[1] :]  # with a cache only new steps are predicted
             mean, quantiles = mean * step, quantiles * step.unsqueeze(-1)
 
         return SpaceExploreForecastOutput(
@@ -677,54 +995,277 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
             mean=mean,
             quantiles=quantiles,
             aux_loss=aux_loss,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
 
-    def load_balancing_loss(
-        self, outputs: MoeModelOutputWithPast, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over unpadded steps."""
-        if attention_mask is not None:
-            # A batch that is all padding has no load: 0/0 in the library's function.
-            attention_mask = attention_mask + (attention_mask.sum() == 0)
-        return load_balancing_loss_func(
-            outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
-        )
-
-    def step(self, scale: torch.Tensor | None) -> torch.Tensor:
-        """Size of a typical move to each horizon, (B, T, H): volatility grows with the square root of time."""
-        if scale is None:
-            raise ValueError("labels need scale, the daily volatility known at each step; got scale=None")
-        horizons = torch.tensor(self.config.horizons, device=scale.device, dtype=torch.float)
-        return scale.float().unsqueeze(-1) * horizons.sqrt()
-
     def forecast_loss(
-        self,
-        mean: torch.Tensor,
-        quantiles: torch.Tensor,
-        labels: torch.Tensor,
-        step: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-        aux_loss: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Squared error of the mean and pinball loss of the quantiles, both in units of `step`, over known labels."""
-        known = labels != self.ignore_index
+        self, mean: torch.Tensor, quantiles: torch.Tensor, labels: torch.Tensor, step: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Squared error of the mean and pinball loss of the quantiles, both in units of `step`, summed over known labels,
+        and how many of those there are.
+        """
+        known = labels != IGNORE_INDEX
         targets = torch.where(known, labels / step, 0.0)  # (B, T, H)
         levels = torch.tensor(self.config.quantile_levels, device=mean.device)
         losses = self.config.mean_loss_weight * (mean - targets).square()
         losses = losses + self.config.quantile_loss_weight * pinball_loss(targets, quantiles, levels)
-        count = known.sum()
-        total = torch.where(known, losses, 0.0).sum()
-        if aux_loss is not None:
-            # Weighted by the labels it stands for, so that micro-batches add up to a mean, not to a sum.
-            total = total + self.config.router_aux_loss_coef * aux_loss * count
-        items = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch)
-        return total / items.clamp(min=1)
+        return torch.where(known, losses, 0.0).sum(), known.sum()
 
 
-__all__ = ["SpaceExploreForRegression", "SpaceExploreModel", "SpaceExplorePreTrainedModel"]
+@auto_docstring(
+    custom_intro="""
+    The SpaceExploreAI model with a classification head: whether the price goes down, stays or goes up over each
+    horizon, at every time step.
+    """
+)
+class SpaceExploreForClassification(SpaceExplorePreTrainedModel):
+    _tp_plan = {"score": "colwise_gather_output"}
+    _pp_plan = {"score": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: SpaceExploreConfig):
+        super().__init__(config)
+        self.model = SpaceExploreModel(config)
+        self.score = nn.Linear(config.hidden_size, len(config.horizons) * config.num_labels)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        past_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        scale: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        past_values (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_features)`):
+            Normalised features, oldest first. NaN stands for a missing value.
+        scale (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Daily volatility known at each step; the class "flat" is `flat_band` of its typical move wide to each side.
+        labels (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_horizons)`, *optional*):
+            Realised cumulative log-returns from each step to each horizon, as for the regression; -100 is ignored.
+        num_items_in_batch (`int`, *optional*):
+            Labels in all micro-batches of the step, over which the loss is averaged; those of this one by default.
+        """
+        step = typical_move(scale, labels, self.config.horizons)
+        output_router_logits = self.wants_router_logits(labels, output_router_logits)
+        outputs: SpaceExploreModelOutput = self.model(
+            past_values=past_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        aux_loss = self.load_balancing_loss(outputs, attention_mask) if output_router_logits else None
+        logits = self.score(outputs.last_hidden_state).float()
+        logits = logits.unflatten(-1, (len(self.config.horizons), self.config.num_labels))  # (B, T, H, 3)
+
+        loss = None
+        if labels is not None:
+            directions = self.directions(labels, step)
+            total = F.cross_entropy(logits.flatten(0, 2), directions.flatten(), reduction="sum")
+            count = (directions != IGNORE_INDEX).sum()
+            loss = self.average_loss(total, count, outputs, aux_loss, num_items_in_batch)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            aux_loss=aux_loss,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def directions(self, labels: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Classes of log-returns, (B, T, H): 0 below minus `flat_band` of `step`, 2 above it, 1 between, else -100."""
+        band = self.config.flat_band * step
+        classes = 1 + (labels > band).long() - (labels < -band).long()
+        return torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, classes)
+
+
+@auto_docstring(
+    custom_intro="""
+    The SpaceExploreAI model as a causal language model of daily returns: after the `<ts>` placeholders of the numeric
+    context, each token is the bin of a day's log-return in units of the volatility known at the forecast origin.
+    """
+)
+class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: SpaceExploreConfig):
+        super().__init__(config)
+        # CODEPATH: checkpoints of the other heads have no vocabulary; theirs becomes one by setting its size.
+        if config.vocab_size is None:
+            raise ValueError("a causal language model needs a vocabulary, got vocab_size=None")
+        self.model = SpaceExploreModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_values: torch.FloatTensor | None = None,
+        past_values_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        past_values (`torch.FloatTensor` of shape `(batch_size, num_steps, num_features)`, *optional*):
+            Normalised features, oldest first, which take the places of the `<ts>` tokens.
+        past_values_mask (`torch.Tensor` of shape `(batch_size, num_steps)`, *optional*):
+            0 for padded steps of `past_values`. Each row has a `<ts>` token for each other step.
+        num_items_in_batch (`int`, *optional*):
+            Labels in all micro-batches of the step, over which the loss is averaged; those of this one by default.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        >>> prompt = tokenizer(tokenizer.prompt(num_steps=64), return_tensors="pt")
+        >>> days = {"min_new_tokens": 10, "max_new_tokens": 10, "do_sample": True, "num_return_sequences": 100}
+        >>> paths = model.generate(**prompt, past_values=past_values, suppress_tokens=tokenizer.special_ids, **days)
+        ```"""
+        output_router_logits = self.wants_router_logits(labels, output_router_logits)
+        outputs: SpaceExploreModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_values=past_values,
+            past_values_mask=past_values_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, S, V)
+        aux_loss = self.load_balancing_loss(outputs, attention_mask) if output_router_logits else None
+        loss = None
+        if labels is not None:
+            # A sum, because the auxiliary losses are averaged over the same items.
+            total = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=1, **kwargs)
+            count = (labels[:, 1:] != IGNORE_INDEX).sum()
+            loss = self.average_loss(total, count, outputs, aux_loss, num_items_in_batch)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            # In the cache by now, behind the placeholders.
+            model_inputs["past_values"] = model_inputs["past_values_mask"] = None
+        return model_inputs
+
+
+@auto_docstring(
+    custom_intro="""
+    Training of the time-to-text extractor in the backbone: it reconstructs hidden patches and names the visible ones.
+    The other heads load its checkpoint, learn from it when `t2t_loss_weight` is set, and `describe` with it.
+    """
+)
+class SpaceExploreForTimeToText(SpaceExplorePreTrainedModel):
+    def __init__(self, config: SpaceExploreConfig):
+        super().__init__(config)
+        # CODEPATH: the tiny recipe has no extractor.
+        if not config.t2t_num_hidden_layers:
+            raise ValueError("there is no time-to-text extractor to train, got t2t_num_hidden_layers=0")
+        self.model = SpaceExploreModel(config).requires_grad_(False)
+        self.model.t2t.requires_grad_(True)
+        self.decoder = SpaceExploreT2TDecoder(config)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        past_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        returns: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SpaceExploreTimeToTextOutput:
+        r"""
+        past_values (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_features)`):
+            Normalised features, oldest first. NaN stands for a missing value, and is reconstructed as zero.
+        returns (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Daily log-returns in units of the volatility known the day before, NaN where unknown; the words follow.
+        """
+        self.model.check_values(past_values, attention_mask)
+        t2t = self.model.t2t
+        patches, real = t2t.cut(past_values, attention_mask)
+        existing = real.any(dim=-1)
+        visible = self.decoder.choose_visible(existing)
+        features = t2t.encode(patches, visible)  # (B, P, E)
+        reconstruction = self.decoder(features, visible, existing)  # (B, P, L, F)
+        word_logits = t2t.name(features)
+
+        hidden = self.decoder.hidden_steps(real, visible, t2t.stride)
+        errors = (reconstruction - patches).float().square().mean(dim=-1)
+        loss = torch.where(hidden, errors, 0.0).sum() / hidden.sum().clamp(min=1)
+        if returns is not None:
+            words = word_labels(returns, attention_mask, t2t.length, t2t.stride)
+            words = torch.where(visible, words, IGNORE_INDEX).flatten()
+            named = (words != IGNORE_INDEX).sum().clamp(min=1)
+            loss = loss + F.cross_entropy(word_logits.float().flatten(0, 1), words, reduction="sum") / named
+        if self.training:
+            t2t.num_batches_tracked.add_(1)
+        return SpaceExploreTimeToTextOutput(
+            loss=loss, reconstruction=reconstruction, word_logits=word_logits, visible=visible
+        )
+
+
+__all__ = [
+    "SpaceExploreForCausalLM",
+    "SpaceExploreForClassification",
+    "SpaceExploreForRegression",
+    "SpaceExploreForTimeToText",
+    "SpaceExploreModel",
+    "SpaceExplorePreTrainedModel",
+]
 SpaceExploreModel.register_for_auto_class("AutoModel")
+SpaceExploreForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+SpaceExploreForClassification.register_for_auto_class("AutoModelForSequenceClassification")
 SpaceExploreForRegression.register_for_auto_class("AutoModelForTimeSeriesPrediction")
+SpaceExploreForTimeToText.register_for_auto_class("AutoModelForPreTraining")
