@@ -45,7 +45,6 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "head_dim",
     "q_lora_rank",
     "kv_lora_rank",
     "qk_nope_head_dim",
@@ -63,6 +62,7 @@ _SIZES = (
     "t2t_num_attention_heads",
     "t2t_num_decoder_layers",
     "t2t_intermediate_size",
+    "head_dim",
 )
 _COUNTS = ("first_k_dense_replace", "mscnn_num_blocks", "wavelet_levels", "t2t_num_hidden_layers")
 _WEIGHTS = ("mean_loss_weight", "quantile_loss_weight", "router_aux_loss_coef", "t2t_loss_weight", "flat_band")
@@ -287,6 +287,11 @@ class SpaceExploreConfig(PreTrainedConfig):
             raise ValueError(f"{rotary} must be even, got {getattr(self, rotary)}")
         if self.attention_type == "mla" and self.kv_lora_rank is None:
             raise ValueError("attention_type 'mla' needs a kv_lora_rank, got None")
+        if self.attention_type == "mla" and self.head_dim != self.qk_rope_head_dim:
+            raise ValueError(
+                f"head_dim, what rotary functions rotate, must be qk_rope_head_dim={self.qk_rope_head_dim} with "
+                f"attention_type 'mla', got {self.head_dim}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of num_key_value_heads, "

@@ -565,6 +565,8 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
         """Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over unpadded steps; `None` without a router."""
         if not outputs.router_logits:
             return None
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # that of a cache is longer
         return load_balancing_loss_func(
             outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
         )
@@ -616,7 +618,10 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         # CODEPATH: checkpoints that learn from a trained extractor.
         self.feature_proj = nn.Linear(config.hidden_size, config.t2t_hidden_size) if config.t2t_loss_weight else None
         # CODEPATH: causal language models; a parameter that is never used would stop distributed training.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.vocab_size else None
+        if config.vocab_size is None:
+            self.embed_tokens = None
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [SpaceExploreDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -757,7 +762,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
             real = mask.bool().any(dim=-1)
             torch_compilable_check(
                 real.all(),
-                lambda: f"a row is masked as a whole, row {(~real).nonzero().flatten().tolist()} of the batch",
+                lambda: f"row {real.int().argmin()} of the batch is masked as a whole: it has no step to read",
             )
 
     def check_length(self, seq_length: int, past_seen: int):

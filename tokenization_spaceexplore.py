@@ -41,9 +41,7 @@ class SpaceExploreTokenizer(PreTrainedTokenizer):
         ValueError: bins that are not bins; names the value.
     """
 
-    model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
-    SPECIAL_TOKENS_ATTRIBUTES = [*PreTrainedTokenizer.SPECIAL_TOKENS_ATTRIBUTES, "ts_token"]
 
     def __init__(self, num_bins: int | None = None, edges=None, centers=None, **kwargs):
         if edges is None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "num_features": 5,
     "hidden_size": 32,
+    "intermediate_size": 72,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "kv_lora_rank": 24,
@@ -50,7 +51,7 @@ def test_knows_the_name_that_the_library_has_for_the_experts():
 
 
 def test_what_the_trainer_must_not_gather():
-    assert {"past_key_values", "aux_loss", "router_logits"} <= set(SpaceExploreConfig.keys_to_ignore_at_inference)
+    assert {"cache", "aux_loss", "router_logits"} <= set(SpaceExploreConfig.keys_to_ignore_at_inference)
 
 
 # --- refusals ---
@@ -83,6 +84,62 @@ def test_refuses_sizes_that_the_grouped_product_cannot_take(name, value):
 @pytest.mark.parametrize("value", [1, 3, 33])
 def test_refuses_an_odd_number_of_rotary_dimensions(value):
     assert refusal(qk_rope_head_dim=value) == f"qk_rope_head_dim must be even, got {value}"
+    assert refusal(attention_type="mha", head_dim=value) == f"head_dim must be even, got {value}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        ("attention_type", "mlha", "mla, gqa, mha"),
+        ("input_norm", "layer", "dyt, batch, rms"),
+        ("wavelet", "db97", "haar, db2, db4, sym4"),
+    ],
+)
+def test_refuses_an_unknown_kind(name, value, known):
+    assert refusal(**{name: value}) == f"{name} must be one of {known}, got {value!r}"
+
+
+def test_heads_of_each_attention_type():
+    latent, grouped, each = (SpaceExploreConfig(attention_type=kind) for kind in ("mla", "gqa", "mha"))
+    assert (latent.kv_lora_rank, latent.head_dim, latent.num_key_value_heads) == (64, 16, 4)
+    assert (grouped.kv_lora_rank, grouped.head_dim, grouped.num_key_value_heads) == (None, 64, 2)
+    assert (each.kv_lora_rank, each.head_dim, each.num_key_value_heads) == (None, 64, 4)
+    assert SpaceExploreConfig(attention_type="gqa", num_attention_heads=1).num_key_value_heads == 1
+
+
+def test_refuses_heads_that_do_not_fit():
+    assert refusal(attention_type="gqa", num_key_value_heads=3) == (
+        "num_attention_heads=4 must be a multiple of num_key_value_heads, got 3"
+    )
+    assert refusal(attention_type="mha", num_key_value_heads=2) == (
+        "attention_type 'mha' has num_key_value_heads = num_attention_heads = 4, got 2"
+    )
+    assert refusal(kv_lora_rank=None) == "attention_type 'mla' needs a kv_lora_rank, got None"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mscnn_num_branches": 3}, "mscnn_num_branches=3 must divide the channels of the CNN, got 256"),
+        ({"mscnn_hidden_size": 10}, "mscnn_num_branches=4 must divide the channels of the CNN, got 10"),
+        ({"t2t_patch_overlap": 24}, "t2t_patch_overlap must be within 0 and t2t_patch_length=24, got 24"),
+        ({"t2t_mask_ratio": 1.0}, "t2t_mask_ratio must be within (0, 1), got 1.0"),
+        ({"t2t_hidden_size": 100}, "t2t_hidden_size must be a multiple of twice t2t_num_attention_heads=4, got 100"),
+        (
+            {"t2t_loss_weight": 0.01, "t2t_num_hidden_layers": 0},
+            "t2t_loss_weight=0.01 compares the features of the extractor and of the CNN; "
+            "got t2t_num_hidden_layers=0, mscnn_num_blocks=2",
+        ),
+        ({"vocab_size": 4}, "vocab_size must be larger than ts_token_id=4, got 4"),
+        ({"num_labels": 2}, "a direction is one of ['down', 'flat', 'up'], got id2label"),
+        ({"hidden_dropout": 1.5}, "hidden_dropout must be within [0, 1], got 1.5"),
+        ({"flat_band": -0.1}, "flat_band must be at least 0, got -0.1"),
+        ({"wavelet_levels": -1}, "wavelet_levels must be at least 0, got -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_what_does_not_fit(values, message):
+    assert refusal(**values).startswith(message)
 
 
 @pytest.mark.parametrize("value", [0, -8])
@@ -152,6 +209,11 @@ def config(request) -> SpaceExploreConfig:
     return SpaceExploreConfig(
         **TINY,
         q_lora_rank=16,
+        input_norm="batch",
+        wavelet="haar",
+        mscnn_hidden_size=24,
+        t2t_loss_weight=0.01,
+        vocab_size=77,
         horizons=(1, 3),
         quantile_levels=(0.1, 0.5, 0.9),
         rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
@@ -180,11 +242,11 @@ def test_lists_and_tuples_are_the_same_configuration():
     assert lists.to_json_string() == tuples.to_json_string()
 
 
-def test_overriding_rotary_dimensions_on_reload_changes_what_the_library_rotates(tmp_path):
-    SpaceExploreConfig(**TINY).save_pretrained(tmp_path)
-    reloaded = SpaceExploreConfig.from_pretrained(tmp_path, qk_rope_head_dim=8)
-    assert reloaded.qk_rope_head_dim == 8
-    assert reloaded.head_dim == 8
+def test_refuses_to_save_rotary_dimensions_that_the_library_would_not_rotate(tmp_path):
+    config = SpaceExploreConfig(**TINY)
+    config.qk_rope_head_dim = 8
+    with pytest.raises(StrictDataclassError, match="must be qk_rope_head_dim=8 with attention_type 'mla', got 4"):
+        config.save_pretrained(tmp_path)
 
 
 def test_rotary_dimensions_changed_in_the_json_change_what_the_library_rotates():

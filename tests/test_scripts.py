@@ -81,6 +81,19 @@ def test_a_bar_changes_no_forecast_at_an_earlier_cutoff(checkpoint, market, back
     pd.testing.assert_frame_equal(*(table.drop(columns="y") for table in ranges), check_exact=True)
 
 
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(factor=st.floats(1e-3, 1e4))
+def test_forecast_is_proportional_to_the_prices(checkpoint, market, factor):
+    """forecast(a * prices) = a * forecast(prices): what the currency is or how often shares were split says nothing."""
+    model, extractor = load_checkpoint(checkpoint)
+    prices = read_prices(market)
+    columns = ["open", "high", "low", "close"]
+    scaled = prices.assign(**{column: factor * prices[column] for column in columns})
+    forecasts = [extractor.decode(model(**extractor(table)), table, model.config) for table in (prices, scaled)]
+    for column in ("mean", *QUANTILES):
+        np.testing.assert_allclose(forecasts[1][column], factor * forecasts[0][column], rtol=1e-5)
+
+
 # --- evaluate ---
 
 

@@ -41,10 +41,12 @@ def test_a_checkpoint_is_a_hub_repository_without_pickles(checkpoint):
         "config.json",
         "configuration_spaceexplore.py",
         "feature_extraction_spaceexplore.py",
+        "front_end_spaceexplore.py",
         "indicators_spaceexplore.py",
         "model.safetensors",
         "modeling_spaceexplore.py",
         "preprocessor_config.json",
+        "t2t_spaceexplore.py",
     }
 
 

@@ -24,7 +24,7 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.train.arguments import parse_run
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("data", "evaluation", "scripts", "train")
+FOLDERS = ("benchmarks", "data", "evaluation", "scripts", "train")
 
 
 def repository_files() -> list[Path]:
@@ -523,7 +523,12 @@ def test_run_rejects_an_unknown_key(file, tmp_path):
 
 
 # Fields that only the library reads, each with its reader.
-READ_BY_TRANSFORMERS = {"use_cache": "transformers.utils.generic.merge_with_config_defaults"}
+READ_BY_TRANSFORMERS = {
+    "bos_token_id": "transformers.generation.GenerationConfig",
+    "eos_token_id": "transformers.generation.GenerationConfig",
+    "tie_word_embeddings": "transformers.modeling_utils.PreTrainedModel",
+    "use_cache": "transformers.utils.generic.merge_with_config_defaults",
+}
 
 
 def config_fields(source: str) -> set[str]:

@@ -303,6 +303,12 @@ def test_an_unchanged_price_has_a_bin_for_itself():
     assert bins.decode_returns(ids[-1:])[0] == 0.0
 
 
+@pytest.mark.parametrize("count", [3, 43])
+def test_the_mean_of_equal_returns_is_not_rounded(count):
+    assert 0.1 * count / count != 0.1
+    assert SpaceExploreTokenizer.fit([0.1] * count + [0.2] * count, 2).centers == (0.1, 0.2)
+
+
 def test_bins_between_neighbouring_numbers():
     returns = np.array([1.0, np.nextafter(1, 2), np.nextafter(np.nextafter(1, 2), 2)])
     bins = SpaceExploreTokenizer.fit(returns, 3)

@@ -1,0 +1,108 @@
+"""What the key-value cache costs with each kind of attention, and how fast one path is decoded from it.
+
+    python benchmarks/kv_cache.py [--model-config FILE]
+
+Bytes are counted in the tensors that a forward pass of the causal language model left in its cache; exit code 1 when
+multi-head latent attention takes more than a sixth of multi-head attention. Then the latent cache is decoded with the
+up-projection absorbed and expanded, by turns. Random weights: neither figure depends on them.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+from transformers import Cache
+
+from spaceexploreai.configuration_spaceexplore import ATTENTION_TYPES, SpaceExploreConfig
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForCausalLM, SpaceExploreLatentAttention
+from spaceexploreai.train.arguments import command
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "27m" / "config.json"
+VOCAB_SIZE = 261  # 256 bins and 5 special tokens, as a new tokenizer has
+CONTEXT, NEW_TOKENS, REPEATS = 256, 32, 21
+LEAST_SAVING = 6
+
+
+def make_model(recipe: dict, attention_type: str) -> SpaceExploreForCausalLM:
+    torch.manual_seed(0)
+    config = SpaceExploreConfig(**{**recipe, "vocab_size": VOCAB_SIZE, "attention_type": attention_type})
+    return SpaceExploreForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def fill_cache(model: SpaceExploreForCausalLM, context: int) -> Cache:
+    """The cache of one prompt of `context` tokens: a `<ts>` for each time step and `<bos>`."""
+    input_ids = torch.full((1, context), model.config.ts_token_id)
+    input_ids[:, -1] = model.config.bos_token_id
+    past_values = torch.randn(1, context - 1, model.config.num_features)
+    return model(input_ids, past_values=past_values, use_cache=True).cache
+
+
+def bytes_per_token(cache: Cache) -> float:
+    """Memory behind the cached tensors of all layers, which may be more than what they show of it."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors) / cache.get_seq_length()
+
+
+def compare_sizes(recipe: dict) -> dict[str, float]:
+    return {kind: bytes_per_token(fill_cache(make_model(recipe, kind), CONTEXT)) for kind in ATTENTION_TYPES}
+
+
+def format_sizes(sizes: dict[str, float]) -> str:
+    lines = ["| attention | bytes a token, all layers | share of mha | mha over it |", "|---|---:|---:|---:|"]
+    for kind, size in sizes.items():
+        lines.append(f"| {kind} | {size:,.0f} | {size / sizes['mha']:.1%} | {sizes['mha'] / size:.2f} |")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def tokens_per_second(model: SpaceExploreForCausalLM, cache: Cache, absorbed: bool) -> float:
+    """Speed of greedy decoding, one path and one token at a time, after the prompt in `cache`."""
+    cache, token = copy.deepcopy(cache), torch.tensor([[model.config.bos_token_id]])
+    with patch.object(SpaceExploreLatentAttention, "can_absorb", lambda self: absorbed):
+        start = time.perf_counter()
+        for _ in range(NEW_TOKENS):
+            token = model(token, cache=cache).logits[:, -1:].argmax(-1)
+        return NEW_TOKENS / (time.perf_counter() - start)
+
+
+def compare_speeds(recipe: dict) -> list[tuple[float, float]]:
+    """Pairs of the absorbed and the expanded form's speed, run side by side so that a busy machine slows down both."""
+    model = make_model(recipe, "mla")
+    cache = fill_cache(model, CONTEXT)
+    pairs = []
+    for repeat in range(REPEATS + 1):
+        order = (True, False) if repeat % 2 else (False, True)
+        speeds = {absorbed: tokens_per_second(model, cache, absorbed) for absorbed in order}
+        pairs.append((speeds[True], speeds[False]))
+    return pairs[1:]  # the first warms up
+
+
+def format_speeds(pairs: list[tuple[float, float]]) -> str:
+    absorbed, expanded = (median(speeds) for speeds in zip(*pairs, strict=True))
+    ratios = sorted(fast / slow for fast, slow in pairs)
+    return (
+        f"one path from a context of {CONTEXT}, median of {len(pairs)} pairs: {absorbed:.1f} tokens/s absorbed, "
+        f"{expanded:.1f} expanded; ratio {median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-config", type=Path, default=RECIPE, help="config.json; default: recipes/27m")
+    recipe = json.loads(parser.parse_args(argv).model_config.read_text(encoding="utf-8"))
+    torch.set_num_threads(1)  # a second would measure whatever else the machine is doing
+    sizes = compare_sizes(recipe)
+    print(f"{format_sizes(sizes)}\n\n{format_speeds(compare_speeds(recipe))}")
+    if sizes["mla"] * LEAST_SAVING > sizes["mha"]:
+        raise SystemExit(f"mla takes more than 1/{LEAST_SAVING} of mha")  # on standard error, with exit code 1
+
+
+if __name__ == "__main__":
+    main()
