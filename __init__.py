@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTimeSeriesPrediction,
+    AutoTokenizer,
 )
 
 from .configuration_spaceexplore import SpaceExploreConfig
@@ -20,6 +21,7 @@ from .modeling_spaceexplore import (
     SpaceExploreModel,
     SpaceExplorePreTrainedModel,
 )
+from .tokenization_spaceexplore import SpaceExploreTokenizer
 
 AutoConfig.register(SpaceExploreConfig.model_type, SpaceExploreConfig)
 AutoFeatureExtractor.register(SpaceExploreConfig, SpaceExploreFeatureExtractor)
@@ -28,6 +30,7 @@ AutoModelForCausalLM.register(SpaceExploreConfig, SpaceExploreForCausalLM)
 AutoModelForPreTraining.register(SpaceExploreConfig, SpaceExploreForTimeToText)
 AutoModelForSequenceClassification.register(SpaceExploreConfig, SpaceExploreForClassification)
 AutoModelForTimeSeriesPrediction.register(SpaceExploreConfig, SpaceExploreForRegression)
+AutoTokenizer.register(SpaceExploreConfig, SpaceExploreTokenizer)
 
 __all__ = [
     "SpaceExploreConfig",
@@ -38,4 +41,5 @@ __all__ = [
     "SpaceExploreForTimeToText",
     "SpaceExploreModel",
     "SpaceExplorePreTrainedModel",
+    "SpaceExploreTokenizer",
 ]

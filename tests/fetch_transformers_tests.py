@@ -1,4 +1,4 @@
-"""Fetches transformers' own common tests, which only its source distribution has, for `test_transformers_common.py`."""
+"""Fetches transformers' common tests, of its source distribution; `test_transformers_common.py` runs them."""
 
 import subprocess
 import sys

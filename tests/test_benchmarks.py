@@ -75,6 +75,18 @@ def test_each_form_of_decoding_is_the_one_it_is_called(absorbed, quick):
     assert cache.get_seq_length() == 7  # untouched: the next repeat starts from the same prompt
 
 
+def test_the_two_forms_take_turns(quick, monkeypatch):
+    turns = []
+
+    def measure(model, cache, absorbed):
+        turns.append(absorbed)
+        return 3.0 if absorbed else 2.0
+
+    monkeypatch.setattr(kv_cache, "tokens_per_second", measure)
+    assert kv_cache.compare_speeds(SIZES) == [(3.0, 2.0)] * 2  # and one more before, to warm up
+    assert turns == [False, True, True, False, False, True]
+
+
 def test_the_ratio_of_speeds_is_the_median_of_pairs():
     shown = kv_cache.format_speeds([(30.0, 10.0), (10.0, 20.0), (40.0, 20.0)])
     assert "30.0 tokens/s absorbed, 20.0 expanded; ratio 2.00 (from 0.50 to 3.00)" in shown

@@ -260,6 +260,8 @@ def test_rotary_dimensions_changed_in_the_json_change_what_the_library_rotates()
 def test_auto_map_names_every_class_that_is_registered():
     public = [getattr(spaceexploreai, name) for name in spaceexploreai.__all__]
     registered = {cls._auto_class: cls for cls in public if getattr(cls, "_auto_class", None)}
+    # In the map of its own `tokenizer_config.json`: most checkpoints have no tokenizer.
+    registered.pop("AutoTokenizer")
     expected = {
         auto: f"{cls.__module__.removeprefix('spaceexploreai.')}.{cls.__name__}" for auto, cls in registered.items()
     }

@@ -395,7 +395,7 @@ def test_left_padding_changes_no_evaluation(seed, padding):
     returns = nn.functional.pad(batch["returns"], (padding, 0), value=9.0)
     padded = shared_model()(values, attention_mask=mask, returns=returns)
     assert torch.equal(padded.visible[:, -plain.visible.shape[1] :], plain.visible)
-    assert_close(padded.loss, plain.loss)
+    assert_close(padded.loss, plain.loss, rtol=1e-5, atol=0)
 
 
 def plain_hidden_steps(real: torch.Tensor, visible: torch.Tensor, stride: int) -> torch.Tensor:
@@ -507,15 +507,16 @@ def test_the_loss_reads_the_reconstruction_of_hidden_steps_alone():
     assert torch.equal(gradient.any(dim=-1), plain_hidden_steps(real, outputs.visible, STRIDE))
 
 
-def test_patches_that_do_not_exist_change_nothing():
-    """The decoder may look at hidden patches, but not at those before the series."""
+def test_the_decoder_looks_at_existing_patches_alone():
+    """Also at hidden ones, which are nothing but their positions; not at those before the series."""
     decoder, generator = shared_model().decoder, torch.Generator().manual_seed(0)
     existing = torch.arange(6) >= 2
     features = torch.randn(1, 6, EXTRACTOR["t2t_hidden_size"], generator=generator)
     visible = torch.tensor([[False, False, True, False, True, False]])
-    padded = decoder(features, visible, existing.unsqueeze(0))
-    plain = decoder(features[:, 2:], visible[:, 2:], torch.ones(1, 4).bool())
-    assert_close(padded[:, 2:], plain, rtol=0, atol=1e-5)
+    tokens = features.clone()
+    tokens[~visible] = decoder.mask_token
+    expected = decoder.out_proj(decoder.layers(add_positions(tokens[:, 2:]))).view(1, 4, LENGTH, FEATURES)
+    assert_close(decoder(features, visible, existing.unsqueeze(0))[:, 2:], expected, rtol=0, atol=1e-5)
 
 
 # --- training ---
@@ -609,7 +610,7 @@ class Windows(Dataset):
 
 def test_trainer_averages_micro_batches_and_evaluates(tmp_path):
     """Its losses would add up if it took the model for one that divides by `num_items_in_batch`."""
-    model = SpaceExploreForTimeToText(make_config())
+    model = make_model()
     schedule = {"max_steps": 1, "learning_rate": 0.0, "gradient_accumulation_steps": 4, "label_names": ["returns"]}
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     args = TrainingArguments(tmp_path, per_device_train_batch_size=8, remove_unused_columns=False, **schedule, **quiet)
@@ -702,6 +703,9 @@ def test_a_forecaster_takes_the_extractor_from_its_checkpoint(head, trained):
     batch = make_obvious(seed=1, batch=4)
     said, expected = describe(model, batch), describe(extractor, batch)
     assert [[patch["word"] for patch in row] for row in said] == [[p["word"] for p in row] for row in expected]
+    labelled = make_labelled(head)
+    feature_loss = backbone_outputs(model.train(), labelled).feature_loss
+    assert_close(taught_loss(model, labelled), 0.01 * feature_loss, rtol=1e-2, atol=1e-6)
 
 
 def test_an_extractor_that_is_not_in_the_checkpoint_is_new(tmp_path):
@@ -780,6 +784,7 @@ def test_feature_loss_teaches_what_stands_before_the_decoder():
         make_model(SpaceExploreForRegression, t2t_loss_weight=0.7).train(),
         make_labelled(SpaceExploreForRegression),
     )
+    model.requires_grad_(True)  # not even then is the teacher taught
     backbone_outputs(model, batch).feature_loss.backward()
     taught = {name for name, parameter in model.model.named_parameters() if parameter.grad is not None}
     assert {name.split(".")[0] for name in taught} == {"value_embedding", "mscnn", "feature_proj"}
@@ -972,6 +977,16 @@ def test_few_dimensions_keep_the_leading_axes_of_a_text_model(text_models):
     factor = after.std() / expected.std()
     assert np.abs(after) == pytest.approx(factor * np.abs(expected), rel=1e-3, abs=1e-5)
     assert pdist(after) == pytest.approx(factor * pdist(expected), rel=1e-3)
+
+
+def test_refuses_a_text_model_that_does_not_tell_the_words_apart(text_models, tmp_path):
+    BertModel.from_pretrained(text_models[8]).save_pretrained(tmp_path)
+    illiterate = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=illiterate).save_pretrained(tmp_path)
+    extractor = make_model().model.t2t
+    with pytest.raises(ValueError, match=r"must tell the words surge, rise, .* apart, got .*" + tmp_path.name):
+        extractor.load_word_embeddings(str(tmp_path))
+    assert extractor.word_embeddings.weight.isfinite().all()
 
 
 # --- what the library expects ---

@@ -1,4 +1,4 @@
-"""transformers' own tests of a model and its configuration, from its source distribution, run on every head of ours."""
+"""transformers' own tests of a model and a configuration, out of its source distribution, on every head of ours."""
 
 import copy
 import importlib
@@ -13,6 +13,7 @@ from fetch_transformers_tests import UPSTREAM
 from transformers import MODEL_MAPPING
 from transformers.models.auto import modeling_auto
 
+from spaceexploreai import modeling_spaceexplore
 from spaceexploreai.configuration_spaceexplore import ATTENTION_TYPES, SpaceExploreConfig
 from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForCausalLM,
@@ -20,6 +21,7 @@ from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForRegression,
     SpaceExploreForTimeToText,
     SpaceExploreModel,
+    SpaceExploreTimeToTextOutput,
 )
 
 if not UPSTREAM.is_dir():
@@ -30,7 +32,7 @@ pytest.importorskip("parameterized", reason="the tests of transformers import it
 # --- their files ---
 
 PACKAGE = "transformers_tests"
-# What they import and the source distribution leaves out. The last stands for one with `id2label` of a single class.
+# What they import and the source distribution leaves out. In the last, theirs also has names for a single class.
 LEFT_OUT = {
     "exporters.test_export": {"ExportTesterMixin": object},
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
@@ -83,7 +85,7 @@ def known_to_the_library():
 
 # --- what they ask of a tester ---
 
-# Not two alike where it matters; they allow two layers at most and compare rows of a batch of seven.
+# They allow two layers, and fill a batch of fewer than seven rows up with random ones, which have no placeholders.
 BATCH, STEPS, TOKENS, FEATURES, VOCABULARY = 7, 12, 5, 6, 99
 SIZES = {
     "num_features": FEATURES,
@@ -126,13 +128,12 @@ class NumericTester:
     batch_size, seq_length = BATCH, STEPS
     hidden_size, num_hidden_layers = SIZES["hidden_size"], SIZES["num_hidden_layers"]
     num_attention_heads = SIZES["num_attention_heads"]
-    options = {"input_norm": "batch", "t2t_loss_weight": 0.01}
 
     def __init__(self, attention_type: str):
         self.sizes = make_sizes(attention_type)
 
     def get_config(self) -> SpaceExploreConfig:
-        return SpaceExploreConfig(**self.sizes, **self.options)
+        return SpaceExploreConfig(**self.sizes, input_norm="batch", t2t_loss_weight=0.01)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[SpaceExploreConfig, dict[str, torch.Tensor]]:
         past_values = torch.randn(BATCH, STEPS, FEATURES)
@@ -147,7 +148,9 @@ class TokenTester(NumericTester):
 
     steps = STEPS
     seq_length = STEPS + TOKENS
-    options = {"vocab_size": VOCABULARY, "ts_token_id": 4}
+
+    def get_config(self) -> SpaceExploreConfig:
+        return SpaceExploreConfig(**self.sizes, input_norm="rms", vocab_size=VOCABULARY)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[SpaceExploreConfig, dict[str, torch.Tensor]]:
         config = self.get_config()
@@ -160,7 +163,8 @@ class TokenTester(NumericTester):
 
 
 class TimeToTextTester(NumericTester):
-    options = {}
+    def get_config(self) -> SpaceExploreConfig:
+        return SpaceExploreConfig(**self.sizes, input_norm="dyt")
 
 
 # --- their tests of a model ---
@@ -231,7 +235,7 @@ class NumericHeads(CommonTests):
 class LanguageModel(CommonTests):
     all_model_classes = (SpaceExploreModel, SpaceExploreForCausalLM)
     make_tester = TokenTester
-    additional_model_inputs = ["input_ids", "past_values"]
+    additional_model_inputs = ("input_ids", "past_values")
 
     def test_inputs_embeds(self):
         self.model_tester.steps = 0  # an embedding is no placeholder
@@ -247,6 +251,15 @@ class TimeToText(CommonTests):
     make_tester = TimeToTextTester
     has_attentions = False
 
+    def test_model_outputs_equivalence(self):
+        """They subtract outputs, which booleans do not allow."""
+
+        def as_numbers(visible, **outputs):
+            return SpaceExploreTimeToTextOutput(visible=visible.long(), **outputs)
+
+        with mock.patch.object(modeling_spaceexplore, "SpaceExploreTimeToTextOutput", as_numbers):
+            super().test_model_outputs_equivalence()
+
 
 def make_test_case(tests: type, attention_type: str) -> type:
     reasons = INAPPLICABLE[tests.__name__]
@@ -255,20 +268,16 @@ def make_test_case(tests: type, attention_type: str) -> type:
     return type(name, (tests, unittest.TestCase), {"attention_type": attention_type, **skips})
 
 
-for tests in (NumericHeads, LanguageModel):
-    for attention_type in ATTENTION_TYPES:
-        case = make_test_case(tests, attention_type)
-        globals()[case.__name__] = case
-# The extractor has no attention of ours.
-TimeToTextMLA = make_test_case(TimeToText, "mla")
-del tests, attention_type, case
+# The extractor has attention of its own, of one type.
+CASES = [(tests, kind) for tests in (NumericHeads, LanguageModel) for kind in ATTENTION_TYPES] + [(TimeToText, "mla")]
+globals().update({case.__name__: case for case in map(make_test_case, *zip(*CASES, strict=True))})
 
 
 # --- their tests of a configuration ---
 
 CONFIG_CHECKS = [name for name in dir(configuration.ConfigTester) if name.startswith(("create_and_test_", "check_"))]
 INAPPLICABLE_CHECKS = {
-    "create_and_test_config_with_num_labels": "it asks for five labels; a direction is one of three"
+    "create_and_test_config_with_num_labels": "it asks for five labels; a direction is down, flat or up"
 }
 
 
