@@ -84,7 +84,8 @@ class SpaceExploreValueEmbedding(nn.Module):
 
 
 # Daubechies (1988). Newest step first, the order of PyWavelets' `rec_lo`: so a Daubechies filter has its least delay,
-# for db4 1.0 steps a level. The order of `dec_lo`, of the textbook's analysis bank, has 6.0.
+# for db4 1.0 steps a level. The order of `dec_lo`, of the textbook's analysis bank, has 6.0. (sym4, nearly symmetric,
+# has 4.0 in this order and 3.0 in the other.)
 SCALING_FILTERS = {
     "haar": (0.7071067811865476, 0.7071067811865476),
     "db2": (0.48296291314453416, 0.8365163037378079, 0.2241438680420134, -0.12940952255126037),

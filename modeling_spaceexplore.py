@@ -1161,7 +1161,8 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
         >>> tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         >>> prompt = tokenizer(tokenizer.prompt(num_steps=64), return_tensors="pt")
         >>> days = {"min_new_tokens": 10, "max_new_tokens": 10, "do_sample": True, "num_return_sequences": 100}
-        >>> paths = model.generate(**prompt, past_values=past_values, suppress_tokens=tokenizer.suppress_tokens, **days)
+        >>> days["suppress_tokens"] = tokenizer.suppress_tokens
+        >>> paths = model.generate(**prompt, past_values=past_values, **days)
         ```"""
         output_router_logits = self.wants_router_logits(labels, output_router_logits)
         outputs: SpaceExploreModelOutput = self.model(

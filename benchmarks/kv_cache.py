@@ -7,7 +7,6 @@ multi-head latent attention takes more than a sixth of multi-head attention. The
 up-projection absorbed and expanded, by turns. Random weights: neither figure depends on them.
 """
 
-import argparse
 import copy
 import json
 import time
@@ -20,7 +19,7 @@ from transformers import Cache
 
 from spaceexploreai.configuration_spaceexplore import ATTENTION_TYPES, SpaceExploreConfig
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForCausalLM, SpaceExploreLatentAttention
-from spaceexploreai.train.arguments import command
+from spaceexploreai.train.arguments import bare_parser, command
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "27m" / "config.json"
 VOCAB_SIZE = 261  # 256 bins and 5 special tokens, as a new tokenizer has
@@ -94,7 +93,7 @@ def format_speeds(pairs: list[tuple[float, float]]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--model-config", type=Path, default=RECIPE, help="config.json; default: recipes/27m")
     recipe = json.loads(parser.parse_args(argv).model_config.read_text(encoding="utf-8"))
     torch.set_num_threads(1)  # a second would measure whatever else the machine is doing

@@ -6,7 +6,6 @@
 With --table it prints the presets of recipes/ as a Markdown table and draws nothing.
 """
 
-import argparse
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import write_atomically
 from spaceexploreai.modeling_spaceexplore import SpaceExploreExperts, SpaceExploreForRegression
 from spaceexploreai.t2t_spaceexplore import WORDS
-from spaceexploreai.train.arguments import command
+from spaceexploreai.train.arguments import bare_parser, command
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COLUMNS = (
@@ -309,7 +308,7 @@ def draw(config: SpaceExploreConfig) -> Figure:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bare_parser(__doc__)
     parser.add_argument("--model-config", type=Path, default=RECIPES / "27m" / "config.json", help="default: the 27m")
     parser.add_argument("--output", type=Path, default=Path("docs/images/architecture.png"))
     parser.add_argument("--table", action="store_true", help="print the presets instead")

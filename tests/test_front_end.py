@@ -285,7 +285,7 @@ def test_gradient_flows_through_the_wavelet(name, masked):
 
     def flat(values):
         approximation, details = wavelet(values, steps)
-        return approximation, *details
+        return approximation, *details, *wavelet.split(values, steps)
 
     assert list(wavelet.parameters()) == []
     assert torch.autograd.gradcheck(flat, (values,))
@@ -501,6 +501,14 @@ def test_every_parameter_of_the_mscnn_gets_a_gradient(count):
     assert [name for name, gradient in found.items() if not gradient.abs().max() > 1e-6] == []
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_the_mscnn_is_its_slope(masked):
+    """Through every path: one that is cut off would leave the parameters their gradients by the others."""
+    mscnn, states = make_mscnn(), normal(BATCH, STEPS, HIDDEN, dtype=torch.double).requires_grad_()
+    mask = some(BATCH, STEPS) if masked else None
+    assert torch.autograd.gradcheck(lambda states: mscnn(states, mask), (states,), fast_mode=True)
+
+
 def test_without_blocks_the_mscnn_is_nothing():
     mscnn, states = make_mscnn(mscnn_num_blocks=0), normal(BATCH, STEPS, HIDDEN)
     assert list(mscnn.parameters()) == []
@@ -641,6 +649,7 @@ def test_rms_norm_is_torchs_over_the_known_features_alone():
 
 def test_dynamic_tanh_is_its_formula():
     norm, values = make_norm("dyt"), 3 * normal(BATCH, STEPS, FEATURES)
+    assert norm.alpha.shape == (FEATURES,)  # one of all features would be broadcast
     alpha, weight, bias = (getattr(norm, name).detach().numpy() for name in ("alpha", "weight", "bias"))
     expected = weight * np.tanh(alpha * values.numpy()) + bias
     assert_close(norm(values, everything(values)), torch.from_numpy(expected))

@@ -10,14 +10,16 @@ import pytest
 from conftest import RECIPE, tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import DateRange
-from spaceexploreai.scripts import evaluate, forecast, quickstart
+from spaceexploreai.scripts import draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
 from spaceexploreai.train import sft
 
+ROOT = Path(__file__).resolve().parents[1]
 QUANTILES = [f"q{level:g}" for level in np.arange(1, 20) / 20]
 TABLE = ["ticker", "cutoff", "date", "horizon", "mean", *QUANTILES, "p_up", "y"]
 
@@ -84,7 +86,7 @@ def test_a_bar_changes_no_forecast_at_an_earlier_cutoff(checkpoint, market, back
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(factor=st.floats(1e-3, 1e4))
 def test_forecast_is_proportional_to_the_prices(checkpoint, market, factor):
-    """forecast(a * prices) = a * forecast(prices): what the currency is or how often shares were split says nothing."""
+    """forecast(a * prices) = a * forecast(prices): currency and splits say nothing."""
     model, extractor = load_checkpoint(checkpoint)
     prices = read_prices(market)
     columns = ["open", "high", "low", "close"]
@@ -142,6 +144,22 @@ def test_quickstart_writes_all_it_names(tmp_path, market, capsys):
     shown = capsys.readouterr().out
     assert all(f"wrote {tmp_path / name}" in shown for name in names)
     load_checkpoint(tmp_path / "model")
+
+
+# --- the picture of the network ---
+
+
+def test_the_presets_in_the_docs_are_those_of_the_command(capsys):
+    draw_architecture.main(["--table"])
+    assert capsys.readouterr().out in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "5m", "27m", "300m"])
+def test_no_text_of_the_picture_overlaps_another(recipe):
+    figure = draw_architecture.draw(draw_architecture.read_config(ROOT / "recipes" / recipe / "config.json"))
+    FigureCanvasAgg(figure).draw()
+    extents = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert not [1 for i, one in enumerate(extents) for other in extents[:i] if one.overlaps(other)]
 
 
 # --- mistakes ---
@@ -298,6 +316,7 @@ CONFIG_MISTAKES = {
     "wrong type": ({"hidden_size": "wide"}, "wide"),
     "features of other data": ({"num_features": 3}, "3 features"),
     "decreasing horizons": ({"horizons": [5, 1]}, "[5, 1]"),
+    "untrained teacher": ({"t2t_num_hidden_layers": 1, "t2t_loss_weight": 0.5}, "t2t_loss_weight=0.5"),
 }
 
 

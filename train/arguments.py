@@ -57,10 +57,16 @@ def parse_run(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataAr
     return model_args, data_args, training_args
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser for the scripts, with the two options that name the data."""
+def bare_parser(description: str) -> argparse.ArgumentParser:
+    """A parser without options, whose errors are a user's mistakes as all others."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = _refuse
+    return parser
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for the scripts, with the two options that name the data."""
+    parser = bare_parser(description)
     parser.add_argument("--prices", help="folder of Yahoo-style CSVs, .parquet or .csv table; default: the sample")
     parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
     return parser

@@ -52,11 +52,16 @@ def make_model(
 ) -> SpaceExploreForRegression:
     """The checkpoint to continue from, or a new network that starts from the marginal distribution of its targets."""
     if model_args.model_name_or_path is not None:
-        return SpaceExploreForRegression.from_pretrained(model_args.model_name_or_path, config=config)
-    model = SpaceExploreForRegression(config)
-    targets = windows.scaled_targets(list(config.horizons))
-    quantiles = np.quantile(targets, config.quantile_levels, axis=0).T.astype(np.float32)
-    model.start_from_marginal(torch.from_numpy(targets.mean(axis=0)), torch.from_numpy(quantiles))
+        model = SpaceExploreForRegression.from_pretrained(model_args.model_name_or_path, config=config)
+    else:
+        model = SpaceExploreForRegression(config)
+        targets = windows.scaled_targets(list(config.horizons))
+        quantiles = np.quantile(targets, config.quantile_levels, axis=0).T.astype(np.float32)
+        model.start_from_marginal(torch.from_numpy(targets.mean(axis=0)), torch.from_numpy(quantiles))
+    if config.t2t_loss_weight and not model.model.t2t.num_batches_tracked:
+        raise ValueError(
+            f"t2t_loss_weight={config.t2t_loss_weight} needs a trained time-to-text extractor; this one never was"
+        )
     return model
 
 
