@@ -517,6 +517,17 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
             # Returns in units of their volatility are near a unit normal.
             init.copy_(module.bias, module.bias_for(module.unit_normal_quantiles()))
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # the library loads every weight as trainable
+        return loaded
+
+    def freeze(self):
+        """Forecasts do not train the time-to-text extractor."""
+        if self.base_model.t2t is not None:
+            self.base_model.t2t.requires_grad_(False)
+
     def get_input_embeddings(self) -> nn.Module | None:
         """The token embedding; None where there is none, since time steps are projected. FSDP asks every model."""
         return self.base_model.embed_tokens
@@ -614,7 +625,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         self.value_embedding = SpaceExploreValueEmbedding(config)
         self.mscnn = SpaceExploreMSCNN(config)
         # CODEPATH: the tiny recipe has no extractor.
-        self.t2t = SpaceExploreT2T(config).requires_grad_(False) if config.t2t_num_hidden_layers else None
+        self.t2t = SpaceExploreT2T(config) if config.t2t_num_hidden_layers else None
         # CODEPATH: checkpoints that learn from a trained extractor.
         self.feature_proj = nn.Linear(config.hidden_size, config.t2t_hidden_size) if config.t2t_loss_weight else None
         # CODEPATH: causal language models; a parameter that is never used would stop distributed training.
@@ -628,6 +639,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         self.norm = SpaceExploreRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SpaceExploreRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.freeze()
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -1211,17 +1223,24 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
     """
 )
 class SpaceExploreForTimeToText(SpaceExplorePreTrainedModel):
+    accepts_loss_kwargs = False  # a mean over each batch: Trainer averages those of micro-batches
+
     def __init__(self, config: SpaceExploreConfig):
         super().__init__(config)
         # CODEPATH: the tiny recipe has no extractor.
         if not config.t2t_num_hidden_layers:
             raise ValueError("there is no time-to-text extractor to train, got t2t_num_hidden_layers=0")
-        self.model = SpaceExploreModel(config).requires_grad_(False)
-        self.model.t2t.requires_grad_(True)
+        self.model = SpaceExploreModel(config)
         self.decoder = SpaceExploreT2TDecoder(config)
+        self.freeze()
 
         # Initialize weights and apply final processing
         self.post_init()
+
+    def freeze(self):
+        """The extractor and its decoder alone are trained."""
+        self.model.requires_grad_(False)
+        self.model.t2t.requires_grad_(True)
 
     @can_return_tuple
     @auto_docstring

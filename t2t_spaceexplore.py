@@ -23,9 +23,9 @@ def word_labels(returns: torch.Tensor, attention_mask: torch.Tensor | None, leng
     """
     Weak labels: the word that the daily returns of a patch deserve.
 
-    With returns in units of the volatility known the day before, a patch of n days moved by z, their sum over sqrt(n),
-    and varied by v, their root mean square; z1 and z2 are the moves of its older and newer half. The first line that
-    holds names it:
+    With returns in units of the volatility known the day before, a patch with n known days moved by z, their sum over
+    sqrt(n), and varied by v, their root mean square; z1 and z2 are the sums of its older and newer half over
+    sqrt(n / 2). The first line that holds names it:
 
     | word | rule |
     |---|---|
@@ -45,10 +45,10 @@ def word_labels(returns: torch.Tensor, attention_mask: torch.Tensor | None, leng
         `torch.LongTensor` of shape `(B, P)`: index into `WORDS`, -100 where half of a patch or more is unknown.
     """
     known = returns.isfinite() if attention_mask is None else returns.isfinite() & attention_mask.bool()
-    moves = cut_patches(torch.where(known, returns, 0.0).unsqueeze(-1).float(), length, stride).squeeze(
-        -1
-    )  # (B, P, L)
-    days = cut_patches(known.unsqueeze(-1).float(), length, stride).squeeze(-1).sum(-1).clamp(min=1)
+    series = torch.stack((torch.where(known, returns, 0.0).float(), known.float()), dim=-1)
+    moves, inside = cut_patches(series, length, stride).unbind(-1)  # (B, P, L)
+    count = inside.sum(-1)
+    days = count.clamp(min=1)
     z = moves.sum(-1) / days.sqrt()
     older, newer = (half.sum(-1) / (days / 2).sqrt() for half in moves.split([length // 2, length - length // 2], -1))
     variation = (moves.square().sum(-1) / days).sqrt()
@@ -67,7 +67,7 @@ def word_labels(returns: torch.Tensor, attention_mask: torch.Tensor | None, leng
     labels = torch.full_like(z, WORDS.index("hover"), dtype=torch.long)
     for word, holds in reversed(rules.items()):
         labels = torch.where(holds, WORDS.index(word), labels)
-    return torch.where(days > length / 2, labels, IGNORE_INDEX)
+    return torch.where(count > length / 2, labels, IGNORE_INDEX)
 
 
 def cut_patches(values: torch.Tensor, length: int, stride: int) -> torch.Tensor:
@@ -99,6 +99,11 @@ def transformer(config: SpaceExploreConfig, layers: int) -> nn.TransformerEncode
         norm_first=True,
     )
     return nn.TransformerEncoder(layer, layers, nn.LayerNorm(config.t2t_hidden_size), enable_nested_tensor=False)
+
+
+def is_row(dates) -> bool:
+    """Whether these are dates, not one of them."""
+    return hasattr(dates, "__iter__") and not isinstance(dates, str)
 
 
 class SpaceExploreT2T(nn.Module):
@@ -199,10 +204,12 @@ class SpaceExploreT2T(nn.Module):
         batch_size, steps = shape
         if dates is None:
             return [range(steps)] * batch_size
-        rows = list(dates) if len(dates) == batch_size and hasattr(dates[0], "__len__") else [dates] * batch_size
-        if any(len(row) != steps for row in rows) or isinstance(rows[0], str):
-            raise ValueError(f"dates must name the {steps} steps of each series, got {[len(row) for row in rows]}")
-        return [list(row) for row in rows]
+        nested = not isinstance(dates, str) and all(is_row(row) for row in dates)
+        rows = [list(row) for row in dates] if nested else [list(dates)] * batch_size
+        if isinstance(dates, str) or [len(row) for row in rows] != [steps] * batch_size:
+            got = repr(dates) if isinstance(dates, str) else [len(row) for row in rows]
+            raise ValueError(f"dates must name the {steps} steps of all or each of {batch_size} series, got {got}")
+        return rows
 
     @torch.no_grad()
     def load_word_embeddings(self, path: str):
@@ -216,6 +223,8 @@ class SpaceExploreT2T(nn.Module):
         tokenizer, table = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).get_input_embeddings()
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS]
         words = torch.stack([table.weight[ids].float().mean(0) for ids in tokens])
+        if not F.pdist(words).min() > 0:  # nor where a word has no token, whose mean is no number
+            raise ValueError(f"a text model must tell the words {', '.join(WORDS)} apart, got {path}")
         left, singular, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
         axes = (left * singular)[:, : self.word_embeddings.embedding_dim]
         embedded = F.pad(axes, (0, self.word_embeddings.embedding_dim - axes.shape[-1]))
@@ -238,10 +247,11 @@ class SpaceExploreT2TDecoder(nn.Module):
         Which patches, (B, P), the encoder may see: all but `mask_ratio` of the `existing` ones, and at least one; at
         random in training, and spread evenly and always the same in evaluation.
         """
-        order = torch.rand_like(existing, dtype=torch.float)
-        if not self.training:
-            golden = torch.arange(existing.shape[1], device=existing.device) * ((math.sqrt(5) - 1) / 2)
-            order = (golden % 1).expand_as(existing)
+        if self.training:
+            order = torch.rand_like(existing, dtype=torch.float)
+        else:
+            age = torch.arange(existing.shape[1], 0, -1, device=existing.device)  # padding on the left changes nothing
+            order = (age * ((math.sqrt(5) - 1) / 2) % 1).expand_as(existing)
         rank = torch.where(existing, order, 2.0).argsort(dim=-1).argsort(dim=-1)
         seen = (existing.sum(-1, keepdim=True) * (1 - self.mask_ratio)).round().clamp(min=1)
         return existing & (rank < seen)
