@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --prices market.parquet [--steps 500] [--seeds 0 1 2] [--variants full dense]
 
 Every variant gets the same windows in the same order for the same number of steps and is scored once, at the end, on
-the validation dates; the test dates are not touched. Figures are the share by which the pinball loss lies below that of
-the quantiles of the training targets, which are the EWMA-volatility baseline: returns are in units of that volatility.
+the validation dates; the test dates are not touched. Figures are the share by which the pinball loss lies below that
+of the quantiles of the training targets, the EWMA-volatility baseline: returns are in units of that volatility.
 """
 
 import json
@@ -131,9 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     data_args = DataArguments(prices=options.prices, tickers=options.tickers, stride=64)
     config, extractor = SpaceExploreConfig(**SMALL), SpaceExploreFeatureExtractor()
     split, train_windows, validation_windows = make_datasets(data_args, extractor, list(config.horizons))
-    print(
-        f"train to {split.train.end.date()}, validation {split.validation.start.date()} to {split.validation.end.date()}"
-    )
+    dates = split.validation
+    print(f"train to {split.train.end.date()}, validation {dates.start.date()} to {dates.end.date()}")
     targets = train_windows.scaled_targets(list(config.horizons))
     marginal = torch.from_numpy(np.quantile(targets, config.quantile_levels, axis=0).T.astype(np.float32))
     baseline = pinball(marginal, validation_windows, config)
