@@ -293,10 +293,10 @@ def test_gradient_flows_through_the_wavelet(name, masked):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.double, 1e-5)], ids=str)
 @EVERY_WAVELET
-def test_wavelet_keeps_the_type(name, dtype, tolerance):
+def test_wavelet_keeps_the_type_of_the_series(name, dtype, tolerance):
     values = normal(BATCH, WIDTH, STEPS)
-    parts = SpaceExploreWavelet(name, 3).to(dtype).split(values.to(dtype))
-    for part, expected in zip(parts, SpaceExploreWavelet(name, 3).split(values), strict=True):
+    wavelet = SpaceExploreWavelet(name, 3)
+    for part, expected in zip(wavelet.split(values.to(dtype)), wavelet.split(values), strict=True):
         assert part.dtype == dtype
         assert_close(part.float(), expected, rtol=0, atol=tolerance)
 
