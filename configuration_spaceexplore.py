@@ -279,6 +279,8 @@ class SpaceExploreConfig(PreTrainedConfig):
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
         if self.rope_parameters["rope_type"] not in rope_types:
             raise ValueError(f"rope_type must be one of {', '.join(rope_types)}, got {self.rope_parameters}")
+        if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"partial_rotary_factor must be 1, got {self.rope_parameters['partial_rotary_factor']}")
 
     def validate_attention(self):
         """Part of `@strict`-powered validation: sizes of the heads that must fit each other."""

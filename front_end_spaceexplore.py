@@ -9,8 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.utils import torch_compilable_check
 
 from .configuration_spaceexplore import SpaceExploreConfig
+
+
+def check_values(past_values: torch.Tensor | None, mask: torch.Tensor | None, num_features: int):
+    """Raises a ValueError unless past_values are (B, T, F) and mask, if any, is (B, T) with an unpadded step a row."""
+    if past_values is None:
+        raise ValueError("the network needs past_values, or input_ids or inputs_embeds; got none of them")
+    if past_values.ndim != 3 or past_values.shape[-1] != num_features or past_values.shape[1] == 0:
+        raise ValueError(
+            f"past_values must be (batch, time, {num_features} features) with a step at least, "
+            f"got {tuple(past_values.shape)}"
+        )
+    if mask is None:
+        return
+    if mask.shape != past_values.shape[:2]:
+        raise ValueError(
+            f"the mask must be (batch, time) as past_values, {tuple(past_values.shape[:2])}, got {tuple(mask.shape)}"
+        )
+    real = mask.bool().any(dim=-1)
+    torch_compilable_check(
+        real.all(), lambda: f"row {real.int().argmin()} of the batch is masked as a whole: it has no step to read"
+    )
 
 
 class SpaceExploreInputDyT(nn.Module):
@@ -55,10 +77,11 @@ class SpaceExploreInputBatchNorm(nn.BatchNorm1d):
         return (values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
     def track(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor):
-        """Running statistics as torch keeps them; a feature that is nowhere known teaches nothing."""
-        momentum = torch.where(count > 0, self.momentum, 0.0)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
+        """Running statistics as torch keeps them; what is nowhere known teaches nothing, one value no variance."""
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, new, least in ((self.running_mean, mean, 1), (self.running_var, unbiased, 2)):
+            momentum = torch.where(count >= least, self.momentum, 0.0)
+            running.lerp_(new.to(running.dtype), momentum.to(running.dtype))
         self.num_batches_tracked.add_(1)
 
 

@@ -40,6 +40,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_msca
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -49,6 +50,7 @@ from .front_end_spaceexplore import (
     SpaceExploreMSCNN,
     SpaceExploreValueEmbedding,
     SpaceExploreWavelet,
+    check_values,
 )
 from .t2t_spaceexplore import IGNORE_INDEX, SpaceExploreT2T, SpaceExploreT2TDecoder, word_labels
 
@@ -544,7 +546,7 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
                 "this network has no time-to-text extractor, "
                 f"got t2t_num_hidden_layers={self.config.t2t_num_hidden_layers}"
             )
-        self.base_model.check_values(past_values, attention_mask)
+        check_values(past_values, attention_mask, self.config.num_features)
         return self.base_model.t2t.describe(past_values, attention_mask, dates)
 
     def expert_load(
@@ -647,6 +649,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         past_values: torch.FloatTensor | None = None,
@@ -704,7 +707,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
 
     def embed_values(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
         """Front end: time steps (B, T, F) to what the decoder reads, (B, T, D)."""
-        self.check_values(past_values, mask)
+        check_values(past_values, mask, self.config.num_features)
         return self.mscnn(self.value_embedding(past_values, mask), mask)
 
     def feature_loss(
@@ -756,26 +759,6 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         index = order.gather(1, (placeholders.cumsum(dim=-1) - 1).clamp(min=0, max=order.shape[1] - 1))
         filled = values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
         return torch.where(placeholders.unsqueeze(-1), filled.to(inputs_embeds.dtype), inputs_embeds)
-
-    def check_values(self, past_values: torch.Tensor | None, mask: torch.Tensor | None):
-        if past_values is None:
-            raise ValueError("the network needs past_values, or input_ids or inputs_embeds; got none of them")
-        if past_values.ndim != 3 or past_values.shape[-1] != self.config.num_features or past_values.shape[1] == 0:
-            raise ValueError(
-                f"past_values must be (batch, time, {self.config.num_features} features) with a step at least, "
-                f"got {tuple(past_values.shape)}"
-            )
-        if mask is not None and mask.shape != past_values.shape[:2]:
-            raise ValueError(
-                f"the mask must be (batch, time) as past_values, {tuple(past_values.shape[:2])}, "
-                f"got {tuple(mask.shape)}"
-            )
-        if mask is not None:
-            real = mask.bool().any(dim=-1)
-            torch_compilable_check(
-                real.all(),
-                lambda: f"row {real.int().argmin()} of the batch is masked as a whole: it has no step to read",
-            )
 
     def check_length(self, seq_length: int, past_seen: int):
         if seq_length + past_seen > self.config.context_limit:
@@ -951,6 +934,7 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         past_values: torch.FloatTensor,
@@ -1053,6 +1037,7 @@ class SpaceExploreForClassification(SpaceExplorePreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         past_values: torch.FloatTensor,
@@ -1140,6 +1125,7 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1195,7 +1181,8 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
         if labels is not None:
             # A sum, because the auxiliary losses are averaged over the same items.
             total = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=1, **kwargs)
-            count = (labels[:, 1:] != IGNORE_INDEX).sum()
+            targets = kwargs.get("shift_labels", labels[:, 1:])  # given where the sequence is split over devices
+            count = (targets != IGNORE_INDEX).sum()
             loss = self.average_loss(total, count, outputs, aux_loss, num_items_in_batch)
 
         return MoeCausalLMOutputWithPast(
@@ -1224,6 +1211,7 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
 )
 class SpaceExploreForTimeToText(SpaceExplorePreTrainedModel):
     accepts_loss_kwargs = False  # a mean over each batch: Trainer averages those of micro-batches
+    supports_gradient_checkpointing = False  # the layers of the backbone do not run
 
     def __init__(self, config: SpaceExploreConfig):
         super().__init__(config)
@@ -1257,7 +1245,7 @@ class SpaceExploreForTimeToText(SpaceExplorePreTrainedModel):
         returns (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Daily log-returns in units of the volatility known the day before, NaN where unknown; the words follow.
         """
-        self.model.check_values(past_values, attention_mask)
+        check_values(past_values, attention_mask, self.config.num_features)
         t2t = self.model.t2t
         patches, real = t2t.cut(past_values, attention_mask)
         existing = real.any(dim=-1)

@@ -191,6 +191,11 @@ def test_refuses_an_unknown_rotary_type():
         SpaceExploreModel(SpaceExploreConfig(**TINY, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}))
 
 
+def test_refuses_a_partial_rotation():
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    assert refusal(rope_parameters=rope) == "partial_rotary_factor must be 1, got 0.5"
+
+
 def test_refuses_to_save_what_it_would_not_load(tmp_path):
     config = SpaceExploreConfig()
     config.hidden_size = 100

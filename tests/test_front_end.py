@@ -618,6 +618,16 @@ def test_batch_norm_learns_nothing_from_padding(seed, garbage):
         assert_close(buffer, plain.get_buffer(name))
 
 
+def test_a_single_value_teaches_no_variance():
+    norm, values = make_norm("batch").train(), normal(BATCH, STEPS, FEATURES)
+    known = everything(values)
+    known[..., 2] = False
+    known[0, 0, 2] = True
+    norm(torch.where(known, values, 0.0), known)
+    assert (norm.running_mean != 0).all()
+    assert (norm.running_var != 1).tolist() == [feature != 2 for feature in range(FEATURES)]
+
+
 def test_a_feature_that_is_nowhere_known_teaches_nothing():
     norm, values = make_norm("batch").train(), normal(BATCH, STEPS, FEATURES)
     norm(5 * values, everything(values))
