@@ -261,6 +261,13 @@ def test_tokens_may_come_embedded():
     assert_close(model(inputs_embeds=embedded).logits, model(input_ids=ids).logits)
 
 
+def test_token_embedding_can_be_exchanged():
+    model, ids, other = make_model(), torch.tensor([[BOS, 7, 8]]), nn.Embedding(VOCABULARY, SIZES["hidden_size"])
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other
+    assert_close(model(input_ids=ids).logits, model(inputs_embeds=other(ids)).logits)
+
+
 # --- generation ---
 
 
