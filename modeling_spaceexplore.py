@@ -37,6 +37,7 @@ from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
@@ -188,68 +189,6 @@ class SpaceExploreMoE(nn.Module):
         tokens = hidden_states.view(-1, hidden_states.shape[-1])  # (B*T, D)
         routed = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         return routed + self.shared_experts(hidden_states)
-
-
-def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """
-    This is the equivalent of torch.repeat_interleave(x, dim=1, repeats=n_rep). The hidden states go from (batch,
-    num_key_value_heads, seqlen, head_dim) to (batch, num_attention_heads, seqlen, head_dim)
-    """
-    batch, num_key_value_heads, slen, head_dim = hidden_states.shape
-    if n_rep == 1:
-        return hidden_states
-    hidden_states = hidden_states[:, :, None, :, :].expand(batch, num_key_value_heads, n_rep, slen, head_dim)
-    return hidden_states.reshape(batch, num_key_value_heads * n_rep, slen, head_dim)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    key_states = repeat_kv(key, module.num_key_value_groups)
-    value_states = repeat_kv(value, module.num_key_value_groups)
-
-    attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value_states)
-    return attn_output.transpose(1, 2).contiguous(), attn_weights
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Rotates half the hidden dims of the input."""
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
-    return torch.cat((-x2, x1), dim=-1)
-
-
-@use_kernel_forward_from_hub("rotary_pos_emb")
-def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Applies Rotary Position Embedding to the query and key tensors.
-
-    Args:
-        q (`torch.Tensor`): The query tensor.
-        k (`torch.Tensor`): The key tensor.
-        cos (`torch.Tensor`): The cosine part of the rotary embedding.
-        sin (`torch.Tensor`): The sine part of the rotary embedding.
-        unsqueeze_dim (`int`, *optional*, defaults to 1): The dimension of the heads.
-    Returns:
-        `tuple(torch.Tensor)` comprising of the query and key tensors rotated using the Rotary Position Embedding.
-    """
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
 
 
 class SpaceExploreAttention(nn.Module):
@@ -579,7 +518,9 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
         if not outputs.router_logits:
             return None
         if attention_mask is not None:
-            attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # that of a cache is longer
+            # That of a cache is longer; that of a static cache knows no steps, and has none that are padded.
+            steps = outputs.last_hidden_state.shape[1]
+            attention_mask = attention_mask[:, -steps:] if attention_mask.ndim == 2 else None
         return load_balancing_loss_func(
             outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
         )
@@ -680,7 +621,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
             values = None if past_values is None else self.embed_values(past_values, past_values_mask)
             hidden_states = self.fill_placeholders(input_ids, inputs_embeds, values, past_values_mask)  # (B, S, D)
         feature_loss = self.feature_loss(values, past_values, past_values_mask)
-        self.check_length(hidden_states.shape[1], past_seen)
+        self.check_length(hidden_states.shape[1] + past_seen, attention_mask)
         if position_ids is None:
             position_ids = self.make_position_ids(hidden_states, attention_mask, past_seen)
 
@@ -733,6 +674,8 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         values_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Embeds tokens, (B, S, D), and puts the unpadded `values` (B, T, D) in the places of the `<ts>` tokens."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("tokens are either input_ids or inputs_embeds, got both")
         if input_ids is None:
             if values is not None:
                 raise ValueError("past_values take the places of the <ts> tokens in input_ids, got inputs_embeds")
@@ -747,6 +690,10 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
                 ~placeholders.any(), lambda: f"{slots.max()} <ts> tokens stand for past_values, got past_values=None"
             )
             return inputs_embeds
+        if len(values) != len(input_ids):
+            raise ValueError(
+                f"past_values need a row for each of the {len(input_ids)} of input_ids, got {len(values)}"
+            )
         if values_mask is None:
             values_mask = torch.ones_like(values[..., 0], dtype=torch.long)
         steps = values_mask.bool().sum(dim=-1)
@@ -760,11 +707,17 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         filled = values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
         return torch.where(placeholders.unsqueeze(-1), filled.to(inputs_embeds.dtype), inputs_embeds)
 
-    def check_length(self, seq_length: int, past_seen: int):
-        if seq_length + past_seen > self.config.context_limit:
-            raise ValueError(
-                f"a context of {seq_length + past_seen} steps is longer than "
-                f"max_position_embeddings={self.config.max_position_embeddings}"
+    def check_length(self, length: int | torch.Tensor, attention_mask: torch.Tensor | None):
+        """`length` counts the steps and tokens in the cache too; a static cache has it as a tensor."""
+        longest = self.config.max_position_embeddings
+        torch_compilable_check(
+            length <= self.config.context_limit,
+            lambda: f"a context of {length} steps is longer than max_position_embeddings={longest}",
+        )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            width = attention_mask.shape[1]
+            torch_compilable_check(
+                length == width, lambda: f"attention_mask must cover {length} steps and tokens, got {width}"
             )
 
     @staticmethod
@@ -1122,6 +1075,8 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
 
         # Initialize weights and apply final processing
         self.post_init()
+        # A generated placeholder would ask for a time step that there is not.
+        self.generation_config.suppress_tokens = [config.ts_token_id]
 
     @can_return_tuple
     @auto_docstring
@@ -1195,9 +1150,11 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration=False, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+    def prepare_inputs_for_generation(self, input_ids, cache=None, inputs_embeds=None, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, cache=cache, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if cache is not None and cache.get_seq_length() > 0:
             # In the cache by now, behind the placeholders.
             model_inputs["past_values"] = model_inputs["past_values_mask"] = None
         return model_inputs

@@ -125,8 +125,12 @@ class SpaceExploreT2T(nn.Module):
         real = torch.ones_like(past_values[..., 0]) if attention_mask is None else attention_mask
         known = past_values.isfinite() & real.bool().unsqueeze(-1)
         patches = cut_patches(torch.where(known, past_values, 0.0), self.length, self.stride)
-        steps = cut_patches(real.unsqueeze(-1).to(patches.dtype), self.length, self.stride).squeeze(-1)
-        return patches.to(self.patch_proj.weight.dtype), steps.bool()
+        steps = cut_patches(real.unsqueeze(-1).to(patches.dtype), self.length, self.stride).squeeze(-1).bool()
+        # Where padding begins, a patch may have no more real steps than it shares with the next: without padding it
+        # would not be there.
+        own = steps[..., : self.stride].any(-1)
+        own[:, -1] = True
+        return patches.to(self.patch_proj.weight.dtype), steps & own.unsqueeze(-1)
 
     def encode(self, patches: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Features of the patches, (B, P, L, F) to (B, P, E); only `visible` (B, P) ones are looked at."""

@@ -894,6 +894,26 @@ def test_refuses_values_beside_embedded_tokens():
         shared_model()(inputs_embeds=embedded, past_values=batch["past_values"])
 
 
+def test_refuses_tokens_in_two_forms():
+    ids = torch.tensor([[7, 8]])
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds, got both"):
+        shared_model().model(input_ids=ids, inputs_embeds=shared_model().model.embed_tokens(ids))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_refuses_a_mask_of_another_number_of_tokens(width):
+    with pytest.raises(ValueError, match=f"attention_mask must cover 2 steps and tokens, got {width}"):
+        shared_model()(torch.tensor([[7, 8]]), attention_mask=torch.ones(1, width))
+
+
+def test_placeholders_are_never_generated(tmp_path):
+    """Not by default either, nor after saving."""
+    shared_model().save_pretrained(tmp_path)
+    loaded = SpaceExploreForCausalLM.from_pretrained(tmp_path)
+    for model in (shared_model(), loaded):
+        assert model.generation_config.suppress_tokens == [model.config.ts_token_id]
+
+
 def test_refuses_to_read_nothing():
     with pytest.raises(ValueError, match="got none of them"):
         shared_model()()

@@ -546,7 +546,7 @@ def test_cached_equals_uncached(chunks, padded, sizes):
     """The history is given whole each time, because the multi-scale CNN looks back; only new steps are decoded."""
     model, batch = make_model(**sizes).requires_grad_(False), make_batch()
     mask = batch["attention_mask"] if padded else torch.ones_like(batch["attention_mask"])
-    expected = model(batch["past_values"], attention_mask=mask, scale=batch["scale"])
+    expected = model(batch["past_values"], attention_mask=mask, scale=batch["scale"], use_cache=False)
     cache, end = DynamicCache(config=model.config), 0
     for chunk in chunks:
         start, end = end, end + chunk
