@@ -461,11 +461,14 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # the library loads every weight as trainable
+        (loaded[0] if isinstance(loaded, tuple) else loaded).finish_loading()
         return loaded
 
-    def freeze(self):
-        """Forecasts do not train the time-to-text extractor."""
+    def finish_loading(self):
+        """
+        Forecasts do not train the time-to-text extractor. Said here and not in the constructor alone, because the
+        library loads every weight as trainable, and makes the generation config anew.
+        """
         if self.base_model.t2t is not None:
             self.base_model.t2t.requires_grad_(False)
 
@@ -582,7 +585,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         self.norm = SpaceExploreRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SpaceExploreRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.freeze()
+        self.finish_loading()
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -1075,8 +1078,13 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
 
         # Initialize weights and apply final processing
         self.post_init()
-        # A generated placeholder would ask for a time step that there is not.
-        self.generation_config.suppress_tokens = [config.ts_token_id]
+        self.finish_loading()
+
+    def finish_loading(self):
+        super().finish_loading()
+        if self.generation_config.suppress_tokens is None:
+            # A generated placeholder would ask for a time step that there is not.
+            self.generation_config.suppress_tokens = [self.config.ts_token_id]
 
     @can_return_tuple
     @auto_docstring
@@ -1177,12 +1185,12 @@ class SpaceExploreForTimeToText(SpaceExplorePreTrainedModel):
             raise ValueError("there is no time-to-text extractor to train, got t2t_num_hidden_layers=0")
         self.model = SpaceExploreModel(config)
         self.decoder = SpaceExploreT2TDecoder(config)
-        self.freeze()
+        self.finish_loading()
 
         # Initialize weights and apply final processing
         self.post_init()
 
-    def freeze(self):
+    def finish_loading(self):
         """The extractor and its decoder alone are trained."""
         self.model.requires_grad_(False)
         self.model.t2t.requires_grad_(True)

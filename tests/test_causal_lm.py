@@ -906,11 +906,12 @@ def test_refuses_a_mask_of_another_number_of_tokens(width):
         shared_model()(torch.tensor([[7, 8]]), attention_mask=torch.ones(1, width))
 
 
-def test_placeholders_are_never_generated(tmp_path):
-    """Not by default either, nor after saving."""
+def test_placeholders_are_never_generated(tmp_path, regression):
+    """Not by default either, nor after saving, nor on a backbone that was trained without tokens."""
     shared_model().save_pretrained(tmp_path)
     loaded = SpaceExploreForCausalLM.from_pretrained(tmp_path)
-    for model in (shared_model(), loaded):
+    tuned = SpaceExploreForCausalLM.from_pretrained(regression[1], vocab_size=30)
+    for model in (shared_model(), loaded, tuned):
         assert model.generation_config.suppress_tokens == [model.config.ts_token_id]
 
 
