@@ -490,7 +490,7 @@ def test_malformed_parquet(tmp_path, change, named):
         ("bars.parquet", b"PAR1" + bytes(64) + b"PAR1", "cannot read"),
         ("bars.parquet", b"", "cannot read"),
         ("bars.csv.gz", csv_text(*ROWS).encode(), "cannot read"),
-        ("bars.csv.gz", gzip.compress(csv_text(*ROWS).encode())[:-20], "cannot read"),
+        ("bars.csv.gz", gzip.compress(csv_text(*ROWS).encode(), mtime=0)[:-20], "cannot read"),
         ("bars.csv", csv_text(ROWS[0].replace("AAA", "\xc4")).encode("latin-1"), "cannot read"),
         ("bars.csv", csv_text(*ROWS).encode("utf-16"), "cannot read"),
         ("bars.xlsx", b"PK", "neither a folder nor a .parquet, .csv or .csv.gz file"),
