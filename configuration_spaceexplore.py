@@ -21,6 +21,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import auto_docstring
+from transformers.utils.versions import require_version
+
+# 5.24 renamed the cache that every layer is given: say so first, and not in the middle of a forward pass.
+require_version("transformers>=5.24")
 
 # Complete before the first save: registration alone writes only the class that is saved.
 AUTO_MAP = {
