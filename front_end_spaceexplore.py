@@ -29,6 +29,11 @@ def check_values(past_values: torch.Tensor | None, mask: torch.Tensor | None, nu
         raise ValueError(
             f"the mask must be (batch, time) as past_values, {tuple(past_values.shape[:2])}, got {tuple(mask.shape)}"
         )
+    check_rows(mask)
+
+
+def check_rows(mask: torch.Tensor):
+    """Raises a ValueError unless each row of a (B, T) mask has an unpadded step."""
     real = mask.bool().any(dim=-1)
     torch_compilable_check(
         real.all(), lambda: f"row {real.int().argmin()} of the batch is masked as a whole: it has no step to read"

@@ -51,6 +51,7 @@ from .front_end_spaceexplore import (
     SpaceExploreMSCNN,
     SpaceExploreValueEmbedding,
     SpaceExploreWavelet,
+    check_rows,
     check_values,
 )
 from .t2t_spaceexplore import IGNORE_INDEX, SpaceExploreT2T, SpaceExploreT2TDecoder, word_labels
@@ -521,7 +522,7 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
         if not outputs.router_logits:
             return None
         if attention_mask is not None:
-            # That of a cache is longer; that of a static cache knows no steps, and has none that are padded.
+            # That of a cache is longer; a 4D one, of a static cache, does not say which steps are padded: all count.
             steps = outputs.last_hidden_state.shape[1]
             attention_mask = attention_mask[:, -steps:] if attention_mask.ndim == 2 else None
         return load_balancing_loss_func(
@@ -722,6 +723,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
             torch_compilable_check(
                 length == width, lambda: f"attention_mask must cover {length} steps and tokens, got {width}"
             )
+            check_rows(attention_mask)
 
     @staticmethod
     def make_position_ids(

@@ -927,6 +927,11 @@ def test_refuses_a_row_that_is_masked_as_a_whole():
         shared_model()(**batch)
 
 
+def test_refuses_a_row_of_tokens_that_is_masked_as_a_whole():
+    with pytest.raises(ValueError, match="row 1 of the batch is masked as a whole"):
+        shared_model()(torch.tensor([[7, 8], [7, 8]]), attention_mask=torch.tensor([[0, 1], [0, 0]]))
+
+
 @pytest.mark.parametrize("shape", [(BATCH, max(ROWS), FEATURES + 1), (BATCH, FEATURES), (BATCH, 0, FEATURES)], ids=str)
 def test_refuses_a_shape_of_values(shape):
     with pytest.raises(ValueError, match=rf"past_values must be .*{FEATURES} features.*got \({shape[0]}, {shape[1]}"):
