@@ -158,13 +158,37 @@ def following_sessions(calendar: str, cutoffs: pd.Series, horizons: list[int]) -
 
 
 class EncodedSeries(NamedTuple):
-    """One ticker as the network sees it, without the bars before its volatility is known."""
+    """One ticker as the network sees it, without the bars before its volatility is known.
+
+    A step is a session of the calendar, or a bar outside of it. A session that the ticker has no bar of, be it halted
+    or missing from the data, is a masked step: nothing is known of it but the volatility of the bar before.
+    """
 
     ticker: str
     dates: np.ndarray  # (T,) datetime64[ns]
-    close: np.ndarray  # (T,) float64, in the currency of the prices
+    close: np.ndarray  # (T,) float64, in the currency of the prices, NaN at masked steps
     values: np.ndarray  # (T, F) float32, NaN where undefined
     scale: np.ndarray  # (T,) float32, daily volatility
+
+    @property
+    def traded(self) -> np.ndarray:
+        """(T,) False at masked steps."""
+        return np.isfinite(self.close)
+
+
+def with_missing_sessions(series: EncodedSeries, calendar: str) -> EncodedSeries:
+    """Gives a ticker a masked step for every session of the calendar between its bars that it has no bar of."""
+    first, last = series.dates[0], series.dates[-1]
+    years = [str(date.astype("datetime64[Y]")) for date in (first, last)]
+    sessions = _sessions(calendar, f"{years[0]}-01-01", f"{years[1]}-12-31").astype("datetime64[ns]")
+    dates = np.union1d(series.dates, sessions[(sessions > first) & (sessions < last)])
+    if len(dates) == len(series.dates):
+        return series
+    latest = np.searchsorted(series.dates, dates, side="right") - 1  # the newest bar at each step
+    missing = series.dates[latest] != dates
+    close, values = series.close[latest], series.values[latest]
+    close[missing] = values[missing] = np.nan
+    return EncodedSeries(series.ticker, dates, close, values, series.scale[latest])
 
 
 class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
@@ -272,7 +296,8 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
                 scale = ewma_volatility(bars["close"], min_periods=VOLATILITY_BARS).to_numpy(np.float32)
                 dates, close = known["date"].to_numpy(), known["close"].to_numpy()
                 rows = values[known.index[0] : known.index[-1] + 1]
-                series.append(EncodedSeries(ticker, dates, close, rows, scale[VOLATILITY_BARS:]))
+                encoded = EncodedSeries(ticker, dates, close, rows, scale[VOLATILITY_BARS:])
+                series.append(with_missing_sessions(encoded, self.calendar))
         return series
 
     def __call__(
@@ -289,11 +314,11 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             `past_values` (B, T, F), `attention_mask` (B, T), `scale` (B, T); B tickers in sorted order.
         """
         prices = self.history(prices, as_of)
-        contexts = [(s.values[-self.context_length :], s.scale[-self.context_length :]) for s in self.encode(prices)]
+        series = self.encode(prices)
         batch = {
-            "past_values": np.stack([values for values, _ in contexts]),
-            "attention_mask": np.ones((len(contexts), self.context_length), dtype=np.int64),
-            "scale": np.stack([scale for _, scale in contexts]),
+            "past_values": np.stack([one.values[-self.context_length :] for one in series]),
+            "attention_mask": np.stack([one.traded[-self.context_length :] for one in series]).astype(np.int64),
+            "scale": np.stack([one.scale[-self.context_length :] for one in series]),
         }
         return BatchFeature(batch, tensor_type=return_tensors)
 

@@ -6,22 +6,22 @@ import torch
 from spaceexploreai.data.windows import IGNORE_INDEX
 
 # What a padded step holds. The network never reads it; a scale of one keeps divisions finite.
-PADDING = {"past_values": 0.0, "scale": 1.0, "labels": IGNORE_INDEX}
+PADDING = {"past_values": 0.0, "attention_mask": 0, "scale": 1.0, "labels": IGNORE_INDEX}
 
 
 def collate_windows(examples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Stacks windows, padded on the left to the longest.
 
     Args:
-        examples: `past_values` (T, F), `scale` (T,) and, in training, `labels` (T, H), float32; T may differ.
+        examples: `past_values` (T, F), `attention_mask` (T,), `scale` (T,) and, in training, `labels` (T, H); T may
+            differ.
 
     Returns:
         `past_values` (B, T, F), `scale` (B, T), `labels` (B, T, H), `attention_mask` (B, T) of 0 and 1.
     """
-    lengths = torch.tensor([len(example["scale"]) for example in examples])
-    longest = int(lengths.max())
+    longest = max(len(example["scale"]) for example in examples)
     batch = {name: _stack([example[name] for example in examples], longest, PADDING[name]) for name in examples[0]}
-    batch["attention_mask"] = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    batch["attention_mask"] = batch["attention_mask"].long()
     return batch
 
 

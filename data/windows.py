@@ -64,11 +64,11 @@ def make_labels(series: EncodedSeries, horizons: list[int], within: DateRange) -
 
     Args:
         series: one ticker.
-        horizons: (H,) bars ahead, increasing.
+        horizons: (H,) steps ahead, increasing.
         within: dates that labels may know.
 
     Returns:
-        (T, H) float32, `IGNORE_INDEX` where not supervised.
+        (T, H) float32, `IGNORE_INDEX` where not supervised, which a label from or to a masked step never is.
     """
     log_close = np.log(series.close)
     labels = np.full((len(log_close), len(horizons)), IGNORE_INDEX, dtype=np.float32)
@@ -77,7 +77,7 @@ def make_labels(series: EncodedSeries, horizons: list[int], within: DateRange) -
     steps = steps[(series.dates[steps] >= within.start.to_datetime64()) & (last_label <= within.end.to_datetime64())]
     for column, horizon in enumerate(horizons):
         labels[steps, column] = log_close[steps + horizon] - log_close[steps]
-    return labels
+    return np.nan_to_num(labels, copy=False, nan=IGNORE_INDEX)
 
 
 class WindowDataset(Dataset):
@@ -110,17 +110,22 @@ class WindowDataset(Dataset):
         return len(self.ends)
 
     def scaled_targets(self, horizons: list[int]) -> np.ndarray:
-        """Every label that is known, in units of scale·sqrt(horizon), as the network sees them: (N, H) float32."""
+        """Labels of steps where all are known, in units of scale·sqrt(horizon) as the network sees them: (N, H)."""
         targets = []
         for one, labels in zip(self.series, self.labels, strict=True):
-            known = labels[:, -1] != IGNORE_INDEX
+            known = (labels != IGNORE_INDEX).all(axis=1)
             targets.append(labels[known] / (one.scale[known, None] * np.sqrt(np.float32(horizons))))
         return np.concatenate(targets)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         which, end = self.ends[index]
         window = slice(max(end + 1 - self.context_length, 0), end + 1)
-        example = {"past_values": self.series[which].values[window], "scale": self.series[which].scale[window]}
+        one = self.series[which]
+        example = {
+            "past_values": one.values[window],
+            "attention_mask": np.isfinite(one.close[window]),
+            "scale": one.scale[window],
+        }
         if self.labels is not None:
             example["labels"] = self.labels[which][window]
             if self.supervised_steps < len(example["labels"]):
@@ -141,7 +146,7 @@ def supervised_windows(
 
     Args:
         series: encoded tickers.
-        horizons: (H,) bars ahead.
+        horizons: (H,) steps ahead.
         within: dates that labels may know; contexts reach back before its start.
         context_length: steps of a window.
         stride: steps between windows, counted back from a ticker's last supervised one.
@@ -155,9 +160,12 @@ def supervised_windows(
     labels = [make_labels(one, horizons, within) for one in series]
     ends = []
     for which, known in enumerate(labels):
-        steps = np.flatnonzero(known[:, -1] != IGNORE_INDEX)
+        steps = np.flatnonzero((known != IGNORE_INDEX).any(axis=1))
         if len(steps):
             last = np.arange(steps[-1], steps[0] - 1, -stride)[::-1]
+            # In a halt longer than a window there is one without a step to read, and without a label.
+            traded = np.concatenate([[0], series[which].traded.cumsum()])
+            last = last[traded[last + 1] > traded[np.maximum(last + 1 - context_length, 0)]]
             ends.append(np.stack([np.full_like(last, which), last], axis=1))
     if not ends:
         raise ValueError(
@@ -169,7 +177,7 @@ def supervised_windows(
 def forecast_windows(
     series: list[EncodedSeries], context_length: int, within: DateRange
 ) -> tuple[WindowDataset, pd.DataFrame]:
-    """One window for every (ticker, cutoff) of a date range that has a whole context behind it.
+    """One window for every (ticker, cutoff) of a date range that has a bar and a whole context behind it.
 
     Returns:
         The windows without labels, and their (N,) origins `ticker, cutoff`.
@@ -179,7 +187,7 @@ def forecast_windows(
     """
     ends, origins = [], []
     for which, one in enumerate(series):
-        inside = (one.dates >= within.start.to_datetime64()) & (one.dates <= within.end.to_datetime64())
+        inside = (one.dates >= within.start.to_datetime64()) & (one.dates <= within.end.to_datetime64()) & one.traded
         last = np.flatnonzero(inside & (np.arange(len(one.dates)) >= context_length - 1))
         ends.append(np.stack([np.full_like(last, which), last], axis=1))
         origins.append(pd.DataFrame({"ticker": one.ticker, "cutoff": one.dates[last]}))

@@ -17,14 +17,15 @@ FEATURES, HORIZONS = 3, 2
 def make_windows(lengths: list[int], labels: bool = True) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(len(lengths))
     shapes = {"past_values": (FEATURES,), "scale": ()} | ({"labels": (HORIZONS,)} if labels else {})
-    return [
+    windows = [
         {name: rng.normal(size=(length, *shape)).astype(np.float32) for name, shape in shapes.items()}
         for length in lengths
     ]
+    return [window | {"attention_mask": np.ones(len(window["scale"]), dtype=bool)} for window in windows]
 
 
 def test_padding_is_what_the_network_expects():
-    assert PADDING == {"past_values": 0.0, "scale": 1.0, "labels": IGNORE_INDEX}
+    assert PADDING == {"past_values": 0.0, "attention_mask": 0, "scale": 1.0, "labels": IGNORE_INDEX}
     assert IGNORE_INDEX == -100
 
 
@@ -34,7 +35,7 @@ def test_windows_are_padded_on_the_left(lengths, labels):
     windows = make_windows(lengths, labels)
     batch = collate_windows(windows)
     longest = max(lengths)
-    assert sorted(batch) == sorted([*windows[0], "attention_mask"])
+    assert sorted(batch) == sorted(windows[0])
     assert batch["attention_mask"].shape == batch["scale"].shape == (len(lengths), longest)
     assert batch["past_values"].shape == (len(lengths), longest, FEATURES)
     for row, (length, window) in enumerate(zip(lengths, windows, strict=True)):
@@ -48,6 +49,12 @@ def test_windows_are_padded_on_the_left(lengths, labels):
     if labels:
         assert batch["labels"].shape == (len(lengths), longest, HORIZONS)
         assert (batch["labels"][padding] == -100).all()
+
+
+def test_masked_steps_stay_masked():
+    long, short = make_windows([4, 2])
+    long["attention_mask"][1] = short["attention_mask"][0] = False
+    assert collate_windows([long, short])["attention_mask"].tolist() == [[1, 0, 1, 1], [0, 0, 0, 1]]
 
 
 def test_batch_of_equal_lengths_has_no_padding():

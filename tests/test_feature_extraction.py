@@ -20,6 +20,7 @@ from spaceexploreai.feature_extraction_spaceexplore import (
     TABLE_COLUMNS,
     VOLATILITY_BARS,
     SpaceExploreFeatureExtractor,
+    _sessions,
     cumulative_probability,
     following_sessions,
     quantile_columns,
@@ -355,6 +356,40 @@ def test_encoded_series():
         assert np.isfinite(one.values[60 - VOLATILITY_BARS :]).all()
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(VOLATILITY_BARS + 1, 98), max_size=40))
+def test_sessions_without_a_bar_are_masked_steps(lost):
+    """Against a plain loop. The steps of the bars are those of a ticker that has no other sessions."""
+    prices = make_prices(start="2021-07-07", AAA=100)  # no holiday to the end of August
+    prices = prices[prices["date"].isin(_sessions("XNYS", "2021-01-01", "2021-12-31"))].reset_index(drop=True)
+    lost = {day for day in lost if day < len(prices) - 1}
+    halted = prices.drop(index=list(lost)).reset_index(drop=True)
+    (series,), features = EXTRACTOR.encode(halted), EXTRACTOR.compute_features(halted)
+    assert list(series.dates) == list(prices["date"][series.dates[0] <= prices["date"]].to_numpy())
+    bar = {date: row for row, date in enumerate(halted["date"].to_numpy())}
+    scale = ewma_volatility(halted["close"]).to_numpy(np.float32)
+    newest = None
+    for step, date in enumerate(series.dates):
+        assert series.traded[step] == (date in bar)
+        newest = bar.get(date, newest)
+        assert series.scale[step] == scale[newest]
+        if date in bar:
+            assert series.close[step] == halted["close"][newest]
+            expected = (features.loc[newest, FEATURES].to_numpy(float) - EXTRACTOR.center) / EXTRACTOR.spread
+            np.testing.assert_allclose(series.values[step], expected.clip(-5, 5), rtol=1e-5, atol=1e-6)
+        else:
+            assert np.isnan(series.values[step]).all()
+
+
+def test_a_bar_outside_of_the_sessions_is_a_step():
+    """Of another exchange, or of a calendar that does not know better."""
+    prices = make_prices(AAA=100)
+    assert not prices["date"].isin(_sessions("XNYS", "2020-01-01", "2020-12-31")).all()
+    (series,) = EXTRACTOR.encode(prices)
+    assert series.traded.all()
+    assert len(series.dates) == 100 - VOLATILITY_BARS
+
+
 @pytest.mark.parametrize("close", [3.0, 1e-3, 1e5])
 def test_scale_is_finite_and_positive_from_the_first_step(close):
     prices = make_prices(AAA=60)
@@ -479,6 +514,9 @@ def test_context_is_the_newest_part_of_the_series():
     assert sorted(batch) == sorted(EXTRACTOR.model_input_names)
     assert [batch[name].dtype for name in EXTRACTOR.model_input_names] == [torch.float32, torch.int64, torch.float32]
     assert (batch["attention_mask"] == 1).all()
+    halted = EXTRACTOR(PRICES.drop(index=98))  # of AAA, the last day but one
+    assert halted["attention_mask"].tolist() == [[*[1] * (CONTEXT - 2), 0, 1], [1] * CONTEXT]
+    assert torch.isnan(halted["past_values"][0, -2]).all()
     for row, series in enumerate(EXTRACTOR.encode(PRICES)):
         np.testing.assert_array_equal(batch["past_values"][row], series.values[-CONTEXT:])
         np.testing.assert_array_equal(batch["scale"][row], series.scale[-CONTEXT:])

@@ -25,17 +25,21 @@ DAYS = pd.bdate_range("2020-01-01", periods=160)
 EVER = DateRange(DAYS[0], DAYS[-1])
 
 
-def make_series(ticker: str, days: list[int], seed: int = 0) -> EncodedSeries:
-    """A ticker that trades on the given days of the calendar."""
+def make_series(ticker: str, days: list[int], seed: int = 0, masked: float = 0.0) -> EncodedSeries:
+    """A ticker of the given days of the calendar, of which it does not trade on a share of `masked`."""
     rng = np.random.default_rng([seed, *ticker.encode()])
     steps = len(days)
-    return EncodedSeries(
+    series = EncodedSeries(
         ticker,
         DAYS[list(days)].to_numpy("datetime64[ns]"),
         100 * np.exp(np.cumsum(rng.normal(0, 0.02, steps))),
         rng.normal(size=(steps, 3)).astype(np.float32),
         rng.uniform(0.005, 0.05, steps).astype(np.float32),
     )
+    halted = rng.random(steps) < masked
+    halted[[0, -1]] = False  # between bars alone
+    series.close[halted] = series.values[halted] = np.nan
+    return series
 
 
 @st.composite
@@ -52,7 +56,10 @@ def gappy_days(draw) -> list[int]:
 def markets(draw) -> list[EncodedSeries]:
     """Some tickers of their own days, one of them of all days."""
     days = draw(st.lists(gappy_days().filter(len), max_size=3))
-    return [make_series(f"T{i}", list(each)) for i, each in enumerate([range(160), *days])]
+    masked = draw(st.sampled_from([0.0, 0.05, 0.5]))
+    return [
+        make_series(f"T{i}", list(each), masked=masked if i else 0.0) for i, each in enumerate([range(160), *days])
+    ]
 
 
 HORIZONS = st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True).map(sorted)
@@ -84,8 +91,7 @@ def test_no_label_crosses_into_another_range(series, horizons, validation, test,
     for within in split:
         dataset = supervised_windows(series, horizons, within, context, stride, score_once)
         for which, step, labels in supervised_steps(dataset):
-            assert (labels != IGNORE_INDEX).all()
-            for horizon in horizons:
+            for horizon in np.array(horizons)[labels != IGNORE_INDEX]:
                 origin, target = series[which].dates[[step, step + horizon]]
                 assert within.start <= origin < target <= within.end
 
@@ -149,9 +155,9 @@ def test_fractions_that_leave_too_little_are_refused(days, horizon, fractions, m
 
 
 @settings(deadline=None, max_examples=25)
-@given(gappy_days().filter(len), HORIZONS, st.integers(0, 159), st.integers(0, 159))
-def test_labels_equal_a_plain_loop(days, horizons, one_day, other_day):
-    series = make_series("AAA", days)
+@given(gappy_days().filter(len), st.sampled_from([0.0, 0.3]), HORIZONS, st.integers(0, 159), st.integers(0, 159))
+def test_labels_equal_a_plain_loop(days, masked, horizons, one_day, other_day):
+    series = make_series("AAA", days, masked=masked)
     within = DateRange(*sorted([DAYS[one_day], DAYS[other_day]]))
     labels = make_labels(series, horizons, within)
     assert labels.dtype == np.float32
@@ -159,8 +165,9 @@ def test_labels_equal_a_plain_loop(days, horizons, one_day, other_day):
     for step in range(len(days)):
         last = step + horizons[-1]
         known = last < len(days) and within.start <= series.dates[step] and series.dates[last] <= within.end
-        returns = [np.log(series.close[step + h] / series.close[step]) if known else IGNORE_INDEX for h in horizons]
-        np.testing.assert_allclose(labels[step], returns, rtol=1e-5, atol=1e-7)
+        returns = [np.log(series.close[step + h] / series.close[step]) if known else np.nan for h in horizons]
+        expected = [IGNORE_INDEX if np.isnan(value) else value for value in returns]
+        np.testing.assert_allclose(labels[step], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_labels_of_a_small_history():
@@ -243,7 +250,7 @@ def test_every_label_is_supervised_and_validation_scores_it_once(series, horizon
         (which, step): row
         for which, one in enumerate(series)
         for step, row in enumerate(make_labels(one, horizons, within))
-        if row[-1] != IGNORE_INDEX
+        if (row != IGNORE_INDEX).any()
     }
     stride = min(stride, context)
     for score_once in (False, True):
@@ -311,7 +318,9 @@ def test_scaled_targets_equal_a_plain_loop(series, horizons):
         [np.log(one.close[step + h] / one.close[step]) / (one.scale[step] * h**0.5) for h in horizons]
         for one in series
         for step in range(len(one.dates) - horizons[-1])
-        if one.dates[step] >= within.start and one.dates[step + horizons[-1]] <= within.end
+        if one.dates[step] >= within.start
+        and one.dates[step + horizons[-1]] <= within.end
+        and np.isfinite(one.close[[step, *(step + h for h in horizons)]]).all()
     ]
     assert targets.dtype == np.float32
     np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-6)
@@ -338,7 +347,7 @@ def test_every_day_with_a_whole_context_is_forecast_once(series, context, bounds
         (one.ticker, date)
         for one in series
         for step, date in enumerate(one.dates)
-        if step + 1 >= context and within.start <= date <= within.end
+        if step + 1 >= context and within.start <= date <= within.end and not np.isnan(one.close[step])
     ]
     if not expected:
         with pytest.raises(ValueError, match=f"no ticker has {context} bars of context"):
@@ -351,7 +360,10 @@ def test_every_day_with_a_whole_context_is_forecast_once(series, context, bounds
     assert len(dataset) == len(origins)
     for (which, end), example, (ticker, date) in zip(dataset.ends, dataset, expected, strict=True):
         assert (series[which].ticker, series[which].dates[end]) == (ticker, date)
-        assert sorted(example) == ["past_values", "scale"]
+        assert sorted(example) == ["attention_mask", "past_values", "scale"]
+        np.testing.assert_array_equal(
+            example["attention_mask"], ~np.isnan(series[which].close[end + 1 - context : end + 1])
+        )
         assert np.shares_memory(example["past_values"], series[which].values)
         np.testing.assert_array_equal(example["past_values"], series[which].values[end + 1 - context : end + 1])
         np.testing.assert_array_equal(example["scale"], series[which].scale[end + 1 - context : end + 1])
@@ -362,6 +374,17 @@ def test_the_newest_day_is_forecast():
     _, origins = forecast_windows(series, 30, EVER)
     assert origins.groupby("ticker")["cutoff"].max().to_dict() == {"AAA": DAYS[159], "BBB": DAYS[89]}
     assert origins["cutoff"].dtype == "datetime64[ns]"
+
+
+def test_no_window_lies_in_a_halt():
+    """One without a step to read is no window; the labels around the halt are all there."""
+    series = make_series("AAA", range(160))
+    series.close[40:90] = series.values[40:90] = np.nan
+    dataset = supervised_windows([series], [1, 2], EVER, context_length=10, stride=7)
+    assert all(example["attention_mask"].any() for example in dataset)
+    labels = make_labels(series, [1, 2], EVER)
+    found = {step for _, step, _ in supervised_steps(dataset)}
+    assert found == set(np.flatnonzero((labels != IGNORE_INDEX).any(axis=1)))
 
 
 def test_range_without_a_whole_context_is_refused():
