@@ -133,6 +133,8 @@ class SpaceExploreConfig(PreTrainedConfig):
         Weight of the distance between the features of the CNN and those of a trained extractor (LLM-PS uses 0.01).
     horizons (`list[int]`, *optional*, defaults to `(1, 2, 5, 10)`):
         Trading days ahead to predict, increasing.
+    target (`str`, *optional*, defaults to `"log_return"`):
+        What was predicted in training, of `data/windows.py`. Only log-returns can be decoded to prices.
     quantile_levels (`list[float]`, *optional*, defaults to 0.05, 0.10, … 0.95):
         Levels of the predicted quantiles, increasing, within (0, 1).
     mean_loss_weight (`float`, *optional*, defaults to 1.0):
@@ -236,6 +238,7 @@ class SpaceExploreConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     use_cache: bool = True
     horizons: list[int] | tuple[int, ...] = (1, 2, 5, 10)
+    target: str = "log_return"
     quantile_levels: list[float] | tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))
     mean_loss_weight: float | int = 1.0
     quantile_loss_weight: float | int = 1.0

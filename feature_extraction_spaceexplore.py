@@ -374,6 +374,10 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             quantiles: (N, H, Q) log-returns, increasing in Q.
             config: the model's configuration, for `horizons` and `quantile_levels`.
         """
+        if config.target != "log_return":
+            raise ValueError(
+                f"a forecast of prices needs a network of log-returns, this one predicts {config.target!r}"
+            )
         horizons, levels = list(config.horizons), list(config.quantile_levels)
         mean, quantiles = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (mean, quantiles))
         table = origins[["ticker", "cutoff"]].loc[origins.index.repeat(len(horizons))].reset_index(drop=True)

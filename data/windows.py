@@ -1,9 +1,11 @@
 """Encoded histories to training windows: chronological splits, labels, lazy index pairs."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
@@ -56,8 +58,48 @@ def chronological_split(
     return Split(*ranges)
 
 
-def make_labels(series: EncodedSeries, horizons: list[int], within: DateRange) -> np.ndarray:
-    """Realised cumulative log-returns to each horizon.
+# --- targets ---
+
+TARGETS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {}
+
+
+def target(function: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Registers what the network is to predict, under the function's name.
+
+    The function takes the (T,) log-closes of a ticker, NaN at masked steps, and a horizon in steps. It gives
+    (T - horizon,) numbers, for each step what is known `horizon` steps later and not before, NaN where it is not, in
+    units of log-return: the network predicts them in units of volatility times the square root of the horizon.
+
+        @target
+        def drawdown(log_close, horizon):
+            path = sliding_window_view(log_close, horizon + 1)
+            return path.min(axis=1) - path[:, 0]
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if function.__name__ in TARGETS:
+        raise ValueError(f"target {function.__name__!r} is registered already")
+    TARGETS[function.__name__] = function
+    return function
+
+
+@target
+def log_return(log_close: np.ndarray, horizon: int) -> np.ndarray:
+    """From each step to `horizon` steps later. A classification head makes directions of it."""
+    return log_close[horizon:] - log_close[:-horizon]
+
+
+@target
+def volatility(log_close: np.ndarray, horizon: int) -> np.ndarray:
+    """Realised volatility of the coming `horizon` steps together: root of the sum of their squared log-returns."""
+    return np.sqrt(sliding_window_view(np.diff(log_close) ** 2, horizon).sum(axis=1))
+
+
+def make_labels(
+    series: EncodedSeries, horizons: list[int], within: DateRange, target: str = "log_return"
+) -> np.ndarray:
+    """Realised values of the target to each horizon.
 
     A step is supervised when it and the end of its longest label lie within the range, so that no price outside the
     range enters, be it as a label of the steps before or as an origin.
@@ -66,6 +108,7 @@ def make_labels(series: EncodedSeries, horizons: list[int], within: DateRange) -
         series: one ticker.
         horizons: (H,) steps ahead, increasing.
         within: dates that labels may know.
+        target: name in `TARGETS`.
 
     Returns:
         (T, H) float32, `IGNORE_INDEX` where not supervised, which a label from or to a masked step never is.
@@ -75,8 +118,8 @@ def make_labels(series: EncodedSeries, horizons: list[int], within: DateRange) -
     steps = np.arange(max(len(log_close) - horizons[-1], 0))
     last_label = series.dates[steps + horizons[-1]]
     steps = steps[(series.dates[steps] >= within.start.to_datetime64()) & (last_label <= within.end.to_datetime64())]
-    for column, horizon in enumerate(horizons):
-        labels[steps, column] = log_close[steps + horizon] - log_close[steps]
+    for column, horizon in enumerate(horizons[: len(horizons) if len(steps) else 0]):
+        labels[steps, column] = TARGETS[target](log_close, horizon)[steps]
     return np.nan_to_num(labels, copy=False, nan=IGNORE_INDEX)
 
 
@@ -141,6 +184,7 @@ def supervised_windows(
     context_length: int,
     stride: int,
     score_once: bool = False,
+    target: str = "log_return",
 ) -> WindowDataset:
     """Windows over all supervised steps of a date range.
 
@@ -151,13 +195,16 @@ def supervised_windows(
         context_length: steps of a window.
         stride: steps between windows, counted back from a ticker's last supervised one.
         score_once: supervise only the newest `stride` steps of each window, as for validation.
+        target: name in `TARGETS`.
 
     Raises:
         ValueError: no step is supervised, or a stride longer than a window would leave some out.
     """
     if stride > context_length:
         raise ValueError(f"a stride of {stride} is longer than the context_length of {context_length}")
-    labels = [make_labels(one, horizons, within) for one in series]
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    labels = [make_labels(one, horizons, within, target) for one in series]
     ends = []
     for which, known in enumerate(labels):
         steps = np.flatnonzero((known != IGNORE_INDEX).any(axis=1))

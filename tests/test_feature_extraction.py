@@ -635,7 +635,7 @@ def test_missing_calendar_package_is_named(monkeypatch):
 # --- forecasts ---
 
 LEVELS = [0.05, 0.25, 0.5, 0.75, 0.95]
-CONFIG = SimpleNamespace(horizons=[1, 2, 5], quantile_levels=LEVELS)
+CONFIG = SimpleNamespace(horizons=[1, 2, 5], quantile_levels=LEVELS, target="log_return")
 COLUMNS = ["ticker", "cutoff", "date", "horizon", "mean", "q0.05", "q0.25", "q0.5", "q0.75", "q0.95", "p_up"]
 
 
@@ -698,6 +698,12 @@ def test_outputs_may_come_in_any_form(convert):
     table = EXTRACTOR.decode(converted, PRICES, CONFIG, unit="log_return")
     numbers = ["mean", *quantile_columns(LEVELS)]
     np.testing.assert_allclose(table[numbers], expected[numbers], rtol=0.01)
+
+
+def test_a_network_of_another_target_forecasts_no_prices():
+    config = SimpleNamespace(horizons=[1, 2, 5], quantile_levels=LEVELS, target="volatility")
+    with pytest.raises(ValueError, match="needs a network of log-returns, this one predicts 'volatility'"):
+        EXTRACTOR.decode(make_outputs(), PRICES, config)
 
 
 def test_unknown_unit_is_refused():

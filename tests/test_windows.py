@@ -1,5 +1,6 @@
 """Windows: chronological splits that no label crosses, labels, lazy index pairs."""
 
+import textwrap
 from itertools import pairwise
 from multiprocessing.reduction import ForkingPickler
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spaceexploreai.data import windows
 from spaceexploreai.data.windows import (
     IGNORE_INDEX,
     DateRange,
@@ -168,6 +170,39 @@ def test_labels_equal_a_plain_loop(days, masked, horizons, one_day, other_day):
         returns = [np.log(series.close[step + h] / series.close[step]) if known else np.nan for h in horizons]
         expected = [IGNORE_INDEX if np.isnan(value) else value for value in returns]
         np.testing.assert_allclose(labels[step], expected, rtol=1e-5, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=50)
+@given(gappy_days().filter(len), st.sampled_from([0.0, 0.3]), HORIZONS)
+def test_volatility_equals_a_plain_loop(days, masked, horizons):
+    series = make_series("AAA", days, masked=masked)
+    labels = make_labels(series, horizons, EVER, "volatility")
+    for step in range(len(days)):
+        for horizon, label in zip(horizons, labels[step], strict=True):
+            path = np.log(series.close[step : step + horizon + 1])
+            known = step + horizons[-1] < len(days) and not np.isnan(path).any()
+            expected = (
+                sum((path[day + 1] - path[day]) ** 2 for day in range(horizon)) ** 0.5 if known else IGNORE_INDEX
+            )
+            assert label == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_the_target_in_the_documentation_can_be_registered(monkeypatch):
+    """The example of the docstring, as it stands there."""
+    monkeypatch.setattr(windows, "TARGETS", dict(windows.TARGETS))
+    example = textwrap.dedent(windows.target.__doc__.split("square root of the horizon.")[1].split("Raises:")[0])
+    exec(example, {"target": windows.target, "sliding_window_view": np.lib.stride_tricks.sliding_window_view})
+    series = make_series("AAA", range(30))
+    labels = make_labels(series, [3], EVER, "drawdown")
+    closes = np.log(series.close)
+    assert labels[5, 0] == pytest.approx(closes[5:9].min() - closes[5], rel=1e-5)
+    with pytest.raises(ValueError, match="target 'drawdown' is registered already"):
+        exec(example, {"target": windows.target, "sliding_window_view": np.lib.stride_tricks.sliding_window_view})
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="target must be one of log_return, volatility, got 'sharpe'"):
+        supervised_windows([make_series("AAA", range(30))], [1], EVER, 10, 5, target="sharpe")
 
 
 def test_labels_of_a_small_history():

@@ -65,7 +65,9 @@ def make_model(
     return model
 
 
-def make_datasets(data_args: DataArguments, extractor: SpaceExploreFeatureExtractor, horizons: list[int]):
+def make_datasets(
+    data_args: DataArguments, extractor: SpaceExploreFeatureExtractor, horizons: list[int], target: str = "log_return"
+):
     """Prices to the split and its training and validation windows; fits the extractor on training dates alone."""
     prices = load_prices(data_args.prices, data_args.tickers)
     split = chronological_split(prices["date"], horizons[-1], data_args.validation_fraction, data_args.test_fraction)
@@ -74,7 +76,7 @@ def make_datasets(data_args: DataArguments, extractor: SpaceExploreFeatureExtrac
         extractor.fit(features[features["date"] <= split.train.end])
     series = extractor.encode(prices, features)
     windows = [
-        supervised_windows(series, horizons, dates, extractor.context_length, data_args.stride, score_once)
+        supervised_windows(series, horizons, dates, extractor.context_length, data_args.stride, score_once, target)
         for dates, score_once in ((split.train, False), (split.validation, True))
     ]
     return split, *windows
@@ -91,7 +93,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     set_seed(training_args.seed)
     extractor = make_extractor(model_args, data_args)
     config = make_config(model_args, extractor)
-    split, train_windows, validation_windows = make_datasets(data_args, extractor, list(config.horizons))
+    split, train_windows, validation_windows = make_datasets(
+        data_args, extractor, list(config.horizons), config.target
+    )
     record_cutoffs(config, split)
     trainer = Trainer(
         model=make_model(model_args, config, train_windows),
