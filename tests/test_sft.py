@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,12 @@ import pytest
 import torch
 from conftest import RECIPE, make_market, tiny_run
 from safetensors.torch import load_file
+from scipy.stats import spearmanr
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.data import windows
 from spaceexploreai.data.prices import read_prices, write_table
-from spaceexploreai.data.windows import chronological_split
+from spaceexploreai.data.windows import chronological_split, make_labels
 from spaceexploreai.evaluation.metrics import score
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range
@@ -131,6 +134,35 @@ def test_a_planted_signal_is_found_out_of_sample(tmp_path):
     assert scores.loc[(1, "mse"), "model"] < 0.8 * scores.loc[(1, "mse"), "zero"]
     assert scores.loc[(1, "direction_accuracy"), "model"] > 0.62
     assert scores.loc[(1, "crps_skill"), "model"] > 0.1
+
+
+def information_coefficients(prices: pd.DataFrame, folder: Path) -> np.ndarray:
+    """Spearman correlations over the tickers of next-day means and outcomes, one for each day of the test range."""
+    write_table(prices, folder / "market.parquet")
+    options = ("--prices", str(folder / "market.parquet"), "--max_steps", "60", "--learning_rate", "2e-3")
+    trainer = train(*parse_run(tiny_run(folder, *options)))
+    model, extractor = trainer.model.eval(), trainer.processing_class
+    forecasts = forecast_range(model, extractor, prices, scored_range(model.config, prices, None, None))
+    days = forecasts[forecasts["horizon"] == 1].dropna(subset=["y"]).groupby("cutoff")
+    return np.array([spearmanr(day["mean"], day["y"]).statistic for _, day in days])
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_shuffled_labels_teach_nothing(tmp_path, monkeypatch, shuffled):
+    """The permuted-label null: an outcome that reaches the network by another way than its label would show here."""
+    generator = np.random.default_rng(0)
+
+    def shuffle(*args):
+        labels = make_labels(*args)
+        known = np.flatnonzero((labels != -100).all(axis=1))
+        labels[known] = labels[generator.permutation(known)]
+        return labels
+
+    if shuffled:
+        monkeypatch.setattr(windows, "make_labels", shuffle)
+    found = information_coefficients(make_market(tickers=12, days=1000, momentum=0.6), tmp_path)
+    t = found.mean() / (found.std(ddof=1) / len(found) ** 0.5)
+    assert abs(t) < 3 if shuffled else t > 10
 
 
 @pytest.mark.parametrize(
