@@ -1,0 +1,737 @@
+"""Datasets of stocks: every history stored once, windows and preference pairs as indices into it.
+
+    builder = Stocks(config_name="sft", prices="prices.parquet")
+    builder.download_and_prepare(num_proc=8)
+    windows = open_windows(builder.series, builder.as_dataset("train"))
+
+Four configurations follow from each other, each cached under a key of its options, the code and the raw data:
+`indicators` (bars and their columns before normalisation, internal), `series` (one row per ticker, what the network
+sees), `sft` (windows) and `dpo` (preference pairs). `scripts/build_dataset.py` publishes the last three as a folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import (
+    ArrowBasedBuilder,
+    BuilderConfig,
+    Dataset,
+    DatasetInfo,
+    Features,
+    IterableDataset,
+    List,
+    SplitGenerator,
+    Value,
+)
+from datasets.builder import Key
+from datasets.exceptions import DatasetGenerationError
+from datasets.table import Table as ArrowTable
+from torch.utils.data import Dataset as TorchDataset
+
+from spaceexploreai.data.prices import SAMPLE_PATH, load_prices, parse_tickers
+from spaceexploreai.data.windows import (
+    IGNORE_INDEX,
+    TARGETS,
+    DateRange,
+    Split,
+    WindowDataset,
+    chronological_split,
+    make_labels,
+    supervised_windows,
+)
+from spaceexploreai.feature_extraction_spaceexplore import (
+    PRICE_COLUMNS,
+    VOLATILITY_BARS,
+    EncodedSeries,
+    SpaceExploreFeatureExtractor,
+)
+from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
+
+# With 20 years of 64 features, 20 MB: what a stream holds at a time.
+TICKERS_PER_BATCH = 16
+INDEX_ROWS_PER_BATCH = 100_000
+# Statistics are those of as many tickers, evenly spaced: the features of a whole large market do not fit in memory.
+FIT_TICKERS = 1000
+# Not `train`: a history reaches over all splits, and `all` is reserved.
+HISTORY = "history"
+METADATA_NAME = "stocks.json"
+BLOCK_LENGTH = 5  # days that a resampled path takes over in a row: a week
+# One sampled path of log-returns (N, H) for each history, which ends with the forecast origin.
+SamplePaths = Callable[[list[EncodedSeries], int], np.ndarray]
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StocksConfig(BuilderConfig):
+    """What a dataset is made of. Options that a configuration does not read must not be given to it.
+
+    Args:
+        prices: price table or folder (see `read_prices`); the embedded sample by default.
+        tickers: comma-separated; all by default.
+        extractor: folder with a `preprocessor_config.json` whose columns, context_length and, if it has any,
+            statistics to keep, such as the checkpoint the dataset is for; by default a new extractor is fitted.
+        normalization, context_length: of a new extractor.
+        horizons: bars ahead; the longest is the purge between splits and the length of preference paths.
+        validation_fraction, test_fraction: of the dates.
+        target: what the labels are, of `TARGETS`.
+        stride: steps between windows (`sft`).
+        pair_tickers: comma-separated tickers to make pairs of (`dpo`); all by default.
+        margin: least distance of a pair's cumulative returns, in units of scale·sqrt(H) (`dpo`).
+        seed: of the sampled paths (`dpo`).
+    """
+
+    prices: str | None = None
+    tickers: str | None = None
+    extractor: str | None = None
+    normalization: str = "robust"
+    context_length: int = 64
+    horizons: tuple[int, ...] = (1, 2, 5, 10)
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    target: str = "log_return"
+    stride: int = 16
+    pair_tickers: str | None = None
+    margin: float = 0.5
+    seed: int = 0
+
+    def make_extractor(self) -> SpaceExploreFeatureExtractor:
+        if self.extractor is not None:
+            return SpaceExploreFeatureExtractor.from_pretrained(self.extractor)
+        return SpaceExploreFeatureExtractor(normalization=self.normalization, context_length=self.context_length)
+
+    def check(self) -> None:
+        if list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1:
+            raise ValueError(f"horizons must increase from at least 1, got {list(self.horizons)}")
+        for name in ("context_length", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be within (0, 1), got {getattr(self, name)}")
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if not self.margin >= 0:
+            raise ValueError(f"margin must be at least 0, got {self.margin}")
+
+
+READS = {"indicators": ("prices", "tickers", "extractor")}
+READS["series"] = (
+    *READS["indicators"],
+    *("normalization", "context_length", "horizons", "target", "validation_fraction", "test_fraction"),
+)
+READS["sft"] = (*READS["series"], "stride")
+READS["dpo"] = (*READS["series"], "pair_tickers", "margin", "seed")
+
+
+# --- the cache key ---------------------------------------------------------------------------------------------------
+
+
+def source_files() -> list[Path]:
+    """Code that a dataset is made by."""
+    data = Path(__file__).parent
+    hub = (data.parent.glob(f"{name}*.py") for name in ("feature_extraction", "indicators", "tokenization"))
+    return sorted([*data.glob("*.py"), *chain(*hub)])
+
+
+def fingerprint(prices: str | None, extractor: str | None = None) -> str:
+    """Changes with the code, with the library of indicators and with every byte of the raw data; not with their place.
+
+    Raises:
+        OSError: no such file or folder.
+    """
+    digest = hashlib.sha256(version("pandas-ta-classic").encode())
+    raw = SAMPLE_PATH if prices is None else Path(prices)
+    if not raw.exists():
+        raise FileNotFoundError(f"no such file or directory: {raw}")
+    roots = [*source_files(), *(sorted(raw.rglob("*.csv")) if raw.is_dir() else [raw])]
+    roots += [] if extractor is None else [Path(extractor, "preprocessor_config.json")]
+    for path in roots:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+# --- the builder -----------------------------------------------------------------------------------------------------
+
+
+def rows_per_batch(name: str) -> int:
+    """Rows of a record batch and of a parquet row group; too few make a file slow to open."""
+    return TICKERS_PER_BATCH if name in ("indicators", "series") else INDEX_ROWS_PER_BATCH
+
+
+class Stocks(ArrowBasedBuilder):
+    """Builds one configuration and, before it, those that it is made from."""
+
+    BUILDER_CONFIG_CLASS = StocksConfig
+    BUILDER_CONFIGS = tuple(StocksConfig(name=name) for name in ("sft", "dpo", "series", "indicators"))
+    DEFAULT_CONFIG_NAME = "sft"
+
+    def __init__(self, *args, hash: str | None = None, **kwargs):
+        if kwargs.get("horizons") is not None:
+            kwargs["horizons"] = tuple(kwargs["horizons"])
+        hash = hash or fingerprint(kwargs.get("prices"), kwargs.get("extractor"))
+        super().__init__(*args, hash=hash, **kwargs)
+        self.config.check()
+        self._writer_batch_size = rows_per_batch(self.config.name)
+
+    def _info(self) -> DatasetInfo:
+        num_features = len(self.config.make_extractor().feature_names)
+        columns = STAGES[self.config.name].columns(num_features, len(self.config.horizons))
+        return DatasetInfo(features=columns)
+
+    def earlier(self, name: str) -> "Stocks":
+        """The builder of a configuration that this one is made from."""
+        options = {key: value for key, value in self.config_kwargs.items() if key in READS[name]}
+        return Stocks(cache_dir=self._cache_dir_root, config_name=name, hash=self.hash, **options)
+
+    @cached_property
+    def series(self) -> Dataset:
+        """The histories that windows and pairs are cut from, memory-mapped."""
+        return self._prepared("series")
+
+    def _prepared(self, name: str) -> Dataset:
+        builder = self if self.config.name == name else self.earlier(name)
+        builder.download_and_prepare()
+        return builder.as_dataset(HISTORY)
+
+    @property
+    def metadata(self) -> dict:
+        """Horizons, target and the dates of each split; known once the series are prepared."""
+        return json.loads(Path(self._series_folder, METADATA_NAME).read_text(encoding="utf-8"))
+
+    @property
+    def extractor(self) -> SpaceExploreFeatureExtractor:
+        """The extractor with the statistics that the series were normalised by."""
+        return SpaceExploreFeatureExtractor.from_pretrained(self._series_folder)
+
+    @property
+    def _series_folder(self) -> str:
+        return (self if self.config.name == "series" else self.earlier("series")).cache_dir
+
+    def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
+        """As the base class; the configurations before this one are made by as many processes."""
+        for name in PRECEDING[self.config.name]:
+            self.earlier(name).download_and_prepare(num_proc=num_proc)
+        try:
+            super().download_and_prepare(*args, num_proc=num_proc, **kwargs)
+        except DatasetGenerationError as error:
+            # A user's mistake is under the library's sentence that something went wrong.
+            raise error.__cause__ if isinstance(error.__cause__, ValueError) else error from None
+
+    def _download_and_prepare(self, *args, **kwargs) -> None:
+        super()._download_and_prepare(*args, **kwargs)
+        empty = [name for name, split in self.info.splits.items() if not split.num_examples]
+        if empty:
+            raise ValueError(f"the {empty[0]} split of {self.config.name} is empty: too few dates or tickers")
+        if self.config.name == "series":
+            extractor, split = self.fitted
+            # Not save_pretrained, which adds code.
+            extractor.to_json_file(Path(self._output_dir, "preprocessor_config.json"))
+            Path(self._output_dir, METADATA_NAME).write_text(json.dumps(describe(self.config, split), indent=2) + "\n")
+
+    def _split_generators(self, dl_manager) -> list[SplitGenerator]:
+        splits = STAGES[self.config.name].splits(self)
+        return [SplitGenerator(name=name, gen_kwargs=arguments) for name, arguments in splits.items()]
+
+    def _generate_tables(self, groups: list, **shared) -> Iterator[tuple[Key, pa.Table]]:
+        for shard, group in enumerate(groups):
+            columns = STAGES[self.config.name].rows(self.config, group, **shared)
+            table = pa.table(columns, schema=self.info.features.arrow_schema)
+            if len(table):
+                yield Key(shard, 0), table
+
+
+def describe(config: StocksConfig, split: Split) -> dict:
+    dates = {name: [day.date().isoformat() for day in within] for name, within in split._asdict().items()}
+    return {"horizons": list(config.horizons), "target": config.target, "splits": dates}
+
+
+def date_ranges(metadata: dict) -> Split:
+    return Split(*(DateRange(*map(pd.Timestamp, metadata["splits"][name])) for name in Split._fields))
+
+
+def groups_of(items: Sequence) -> list:
+    return [items[start : start + TICKERS_PER_BATCH] for start in range(0, len(items), TICKERS_PER_BATCH)]
+
+
+def nested(arrays: list[np.ndarray], kind: pa.DataType | None = None) -> pa.ListArray:
+    """One list per array, of numbers or, for (T, F), of rows of fixed length."""
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    flat = np.concatenate(arrays)
+    values = pa.array(flat.reshape(-1), type=kind)
+    if flat.ndim == 2:
+        values = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def days_of(dates: np.ndarray) -> np.ndarray:
+    return dates.astype("datetime64[D]")
+
+
+# --- indicators: bars and their columns ------------------------------------------------------------------------------
+
+
+def indicator_columns(num_features: int, num_horizons: int) -> Features:
+    bars = {name: List(Value("float64")) for name in (*PRICE_COLUMNS, "volume")}
+    rows = List(List(Value("float64"), length=num_features))
+    return Features({"ticker": Value("string"), "dates": List(Value("date32")), **bars, "indicators": rows})
+
+
+def indicator_splits(builder: Stocks) -> dict[str, dict]:
+    prices = load_prices(builder.config.prices, builder.config.tickers)
+    bars = [frame for _, frame in prices.groupby("ticker", sort=False)]
+    return {HISTORY: {"groups": [pd.concat(group, ignore_index=True) for group in groups_of(bars)]}}
+
+
+def indicator_rows(config: StocksConfig, bars: pd.DataFrame) -> dict:
+    extractor = config.make_extractor()
+    features = extractor.compute_features(bars)[extractor.feature_names].to_numpy()
+    starts = np.flatnonzero(bars["ticker"].ne(bars["ticker"].shift()))[1:]
+    columns = {name: nested(np.split(bars[name].to_numpy(), starts)) for name in (*PRICE_COLUMNS, "volume")}
+    return {
+        "ticker": bars["ticker"].unique(),
+        "dates": nested(np.split(days_of(bars["date"].to_numpy()), starts)),
+        **columns,
+        "indicators": nested(np.split(features, starts)),
+    }
+
+
+def to_frames(indicators: Dataset, rows: Sequence[int], names: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Price table and features of some tickers, as `compute_features` takes and gives them."""
+    table = pa.concat_tables([indicators.data.fast_slice(row, 1) for row in rows]).combine_chunks()
+    lengths = table["dates"].combine_chunks().value_lengths().to_numpy()
+    prices = pd.DataFrame({"ticker": np.repeat(np.array(table["ticker"].to_pylist(), dtype=object), lengths)})
+    prices["date"] = flat(table["dates"]).astype("datetime64[ns]")
+    for name in (*PRICE_COLUMNS, "volume"):
+        prices[name] = flat(table[name])
+    features = pd.DataFrame(flat(table["indicators"]), columns=names)
+    return prices, features.assign(date=prices["date"])
+
+
+def flat(column: pa.ChunkedArray | pa.ListArray) -> np.ndarray:
+    """All values of a column of lists, one after the other: (N,) or, for lists of rows, (N, F). Copies only dates."""
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values = lists.flatten()
+    if pa.types.is_date(values.type):
+        return values.view(pa.int32()).to_numpy(zero_copy_only=True).astype("datetime64[D]")
+    if pa.types.is_fixed_size_list(values.type):
+        return values.flatten().to_numpy(zero_copy_only=True).reshape(-1, values.type.list_size)
+    return values.to_numpy(zero_copy_only=True)
+
+
+# --- series: what the network sees -----------------------------------------------------------------------------------
+
+
+def series_columns(num_features: int, num_horizons: int) -> Features:
+    values, labels = (List(List(Value("float32"), length=length)) for length in (num_features, num_horizons))
+    return Features(
+        {
+            "series": Value("int32"),
+            "ticker": Value("string"),
+            "dates": List(Value("date32")),
+            "close": List(Value("float64")),
+            "scale": List(Value("float32")),
+            "values": values,
+            "labels": labels,
+        }
+    )
+
+
+def series_splits(builder: Stocks) -> dict[str, dict]:
+    config, indicators = builder.config, builder._prepared("indicators")
+    split = chronological_split(
+        calendar_of(indicators), config.horizons[-1], config.validation_fraction, config.test_fraction
+    )
+    extractor = fitted_extractor(config, indicators, split.train)
+    builder.fitted = extractor, split
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in indicators.data["dates"].chunks])
+    rows = list(enumerate(np.flatnonzero(lengths > VOLATILITY_BARS).tolist()))
+    if not rows:
+        raise ValueError(f"no ticker has more than {VOLATILITY_BARS} bars, which its volatility needs to be known")
+    return {HISTORY: {"groups": groups_of(rows), "indicators": indicators, "extractor": extractor}}
+
+
+def calendar_of(histories: Dataset) -> pd.Series:
+    """All dates of all tickers, each once."""
+    days = [np.unique(flat(chunk)) for chunk in histories.data["dates"].chunks]
+    return pd.Series(np.unique(np.concatenate(days)).astype("datetime64[ns]"))
+
+
+def fitted_extractor(config: StocksConfig, indicators: Dataset, train: DateRange) -> SpaceExploreFeatureExtractor:
+    extractor = config.make_extractor()
+    if extractor.center is not None:
+        return extractor
+    rows = np.unique(np.linspace(0, len(indicators) - 1, FIT_TICKERS).round().astype(int))
+    parts = []
+    for group in groups_of(rows):
+        _, features = to_frames(indicators, group, extractor.feature_names)
+        parts.append(features[features["date"] <= train.end])
+    return extractor.fit(pd.concat(parts, ignore_index=True))
+
+
+def series_rows(
+    config: StocksConfig, group: list[tuple[int, int]], indicators: Dataset, extractor: SpaceExploreFeatureExtractor
+) -> dict:
+    prices, features = to_frames(indicators, [row for _, row in group], extractor.feature_names)
+    series = extractor.encode(prices, features)
+    # Of all steps, whatever the split: windows say from which step on they have labels.
+    ever = DateRange(prices["date"].min(), prices["date"].max())
+    return {
+        "series": [index for index, _ in group],
+        "ticker": [one.ticker for one in series],
+        "dates": nested([days_of(one.dates) for one in series]),
+        "close": nested([one.close for one in series]),
+        "scale": nested([one.scale for one in series]),
+        "values": nested([one.values for one in series]),
+        "labels": nested([make_labels(one, list(config.horizons), ever, config.target) for one in series]),
+    }
+
+
+VIEWS = ("dates", "close", "scale", "values", "labels")
+
+
+class SeriesStore(Sequence):
+    """The histories of a `series` dataset as views of its memory-mapped file.
+
+    A process that gets it pickled maps the file again: workers share one copy.
+
+    Args:
+        table: `dataset.data`; indices are its rows.
+    """
+
+    def __init__(self, table: pa.Table | ArrowTable):
+        self.table = table
+        # Of the chunks of the file, since a view cannot reach over two of them.
+        self._chunks, self._tickers, places = [], [], []
+        for which, batch in enumerate(table.to_batches()):
+            self._chunks.append({name: flat_view(batch[name]) for name in VIEWS})
+            self._tickers += batch["ticker"].to_pylist()
+            offsets = batch["dates"].offsets.to_numpy()
+            places.append(np.stack([np.full(len(batch), which), offsets[:-1], offsets[1:]], axis=1))
+        self._places = np.concatenate(places).tolist() if places else []
+
+    def __reduce__(self):
+        return SeriesStore, (self.table,)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> EncodedSeries:
+        return self.steps(index, 0, None)
+
+    def steps(self, index: int, first: int, stop: int | None) -> EncodedSeries:
+        """Steps `first` to `stop` of a history. All arrays but `dates` are views of the file, and read-only."""
+        return self.labelled_steps(index, first, stop)[0]
+
+    def labelled_steps(self, index: int, first: int, stop: int | None) -> tuple[EncodedSeries, np.ndarray]:
+        """Steps of a history and their (T, H) labels."""
+        chunk, start, end = self._places[index]
+        end = end if stop is None else start + stop
+        days, close, scale, values, labels = (self._chunks[chunk][name][start + first : end] for name in VIEWS)
+        dates = days.astype("datetime64[D]").astype("datetime64[ns]")
+        return EncodedSeries(self._tickers[index], dates, close, values, scale), labels
+
+
+def flat_view(lists: pa.ListArray) -> np.ndarray:
+    """The child of a column of lists, from its beginning, as `offsets` count; dates as days since 1970."""
+    values = lists.values
+    if pa.types.is_fixed_size_list(values.type):
+        return flat_view_of_rows(values)
+    return (values.view(pa.int32()) if pa.types.is_date(values.type) else values).to_numpy(zero_copy_only=True)
+
+
+def flat_view_of_rows(rows: pa.FixedSizeListArray) -> np.ndarray:
+    return rows.flatten().to_numpy(zero_copy_only=True).reshape(len(rows), rows.type.list_size)
+
+
+# --- sft: windows ----------------------------------------------------------------------------------------------------
+
+
+WINDOW = ("series", "first", "last", "supervised")
+
+
+def window_columns(num_features: int, num_horizons: int) -> Features:
+    return Features({name: Value("int32") for name in WINDOW})
+
+
+def window_splits(builder: Stocks) -> dict[str, dict]:
+    series, split = builder.series, date_ranges(builder.metadata)
+    context_length = builder.extractor.context_length
+    if builder.config.stride > context_length:
+        raise ValueError(f"a stride of {builder.config.stride} is longer than the context_length of {context_length}")
+    shared = {"series": series, "context_length": context_length}
+    groups = groups_of(range(len(series)))
+    return {
+        name: {"groups": groups, "within": within, "score_once": name != "train", **shared}
+        for name, within in split._asdict().items()
+    }
+
+
+def window_rows(
+    config: StocksConfig, group: range, series: Dataset, within: DateRange, context_length: int, score_once: bool
+) -> dict:
+    """Windows as steps of a series: `first` to `last`, of which those from `supervised` on have labels."""
+    rows = []
+    for index, one in zip(group, SeriesStore(series.data.slice(group[0], len(group))), strict=True):
+        if not is_supervised(one, config.horizons, within, config.target):
+            continue
+        windows = supervised_windows(
+            [one], list(config.horizons), within, context_length, config.stride, score_once, config.target
+        )
+        last = windows.ends[:, 1]
+        known = np.flatnonzero((windows.labels[0] != IGNORE_INDEX).any(axis=1))
+        first = np.maximum(last + 1 - context_length, 0)
+        counted = np.maximum(last + 1 - windows.supervised_steps, first)
+        # In a halt, none of the steps that count may have a label.
+        supervised = np.minimum(np.append(known, len(one.close))[np.searchsorted(known, counted)], last + 1)
+        rows.append(np.stack([np.full_like(last, index), first, last, supervised]))
+    columns = np.concatenate([np.zeros((len(WINDOW), 0)), *rows], axis=1).astype(np.int32)
+    return dict(zip(WINDOW, columns, strict=True))
+
+
+def is_supervised(
+    one: EncodedSeries, horizons: Sequence[int], within: DateRange, target: str = StocksConfig.target
+) -> bool:
+    return bool((make_labels(one, list(horizons), within, target) != IGNORE_INDEX).any())
+
+
+class StoredWindows(TorchDataset):
+    """The windows of an `sft` split: what `supervised_windows` gives, read from the file.
+
+    Args:
+        series: histories.
+        rows: (N, 4) integers `series, first, last, supervised`.
+    """
+
+    def __init__(self, series: SeriesStore, rows: np.ndarray):
+        self.series = series
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        which, first, last, supervised = self.rows[index].tolist()
+        return self._cut(which, first, last + 1, supervised)[0]
+
+    def scaled_targets(self, horizons: list[int]) -> np.ndarray:
+        """As of `WindowDataset`, of all steps between a series' first and last label in this split."""
+        targets = []
+        for which in np.unique(self.rows[:, 0]).tolist():
+            rows = self.rows[self.rows[:, 0] == which]
+            first, stop = int(rows[:, 3].min()), int(rows[:, 2].max()) + 1
+            targets.append(self._cut(which, first, stop, first).scaled_targets(horizons))
+        return np.concatenate(targets)
+
+    def _cut(self, which: int, first: int, stop: int, supervised: int) -> WindowDataset:
+        """One window alone, with labels from the step `supervised` on: a split has them without a gap."""
+        history, labels = self.series.labelled_steps(which, first, stop)
+        if supervised > first:
+            labels = labels.copy()
+            labels[: supervised - first] = IGNORE_INDEX
+        return WindowDataset([history], [(0, stop - 1 - first)], stop - first, [labels])
+
+
+def open_windows(series: Dataset, windows: Dataset) -> StoredWindows:
+    """Joins the `series` dataset and a split of the `sft` dataset, as built or as `load_dataset` reads them."""
+    return StoredWindows(SeriesStore(series.data), rows_of(windows.data))
+
+
+def rows_of(windows: pa.Table | ArrowTable) -> np.ndarray:
+    return np.stack([windows[name].to_numpy() for name in WINDOW], axis=1)
+
+
+# --- streaming -------------------------------------------------------------------------------------------------------
+
+
+def stream_windows(folder: str, split: str) -> IterableDataset:
+    """The windows of a published folder, in order, holding one row group of series at a time.
+
+    Shards are files: workers and nodes share them out. `shuffle(buffer_size=...)` mixes windows of neighbouring
+    tickers alone and is not resumed exactly; where the disk allows, `open_windows` is the better choice.
+
+    Args:
+        folder: a folder that `scripts/build_dataset.py` wrote, or an fsspec address of one.
+        split: "train", "validation" or "test".
+    """
+    fs, path = fsspec.url_to_fs(folder)
+    series = sorted(fs.glob(f"{path}/series/*.parquet"))
+    windows = sorted(fs.glob(f"{path}/sft/{split}-*.parquet"))
+    if not windows or len(series) != len(windows):
+        raise ValueError(f"{folder} has {len(windows)} files of {split} windows for {len(series)} files of series")
+    files = {
+        "series": [fs.unstrip_protocol(name) for name in series],
+        "windows": [fs.unstrip_protocol(name) for name in windows],
+    }
+    return IterableDataset.from_generator(stream_files, gen_kwargs=files)
+
+
+def stream_files(series: list[str], windows: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    for series_file, windows_file in zip(series, windows, strict=True):
+        with fsspec.open(windows_file) as file:
+            rows = rows_of(pq.read_table(file))
+        with fsspec.open(series_file) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=TICKERS_PER_BATCH):
+                yield from windows_of_batch(batch, rows)
+
+
+def windows_of_batch(batch: pa.RecordBatch, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    indices = batch["series"].to_numpy()
+    store = SeriesStore(pa.Table.from_batches([batch]))
+    mine = rows[np.isin(rows[:, 0], indices)]
+    local = np.column_stack([np.searchsorted(indices, mine[:, 0]), mine[:, 1:]])
+    windows = StoredWindows(store, local)
+    yield from (windows[index] for index in range(len(windows)))
+
+
+# --- dpo: preference pairs -------------------------------------------------------------------------------------------
+
+
+def pair_columns(num_features: int, num_horizons: int) -> Features:
+    texts = {name: Value("string") for name in ("prompt", "chosen", "rejected", "ticker")}
+    steps = {name: Value("int32") for name in ("series", "first", "last")}
+    return Features({**texts, "date": Value("date32"), **steps, "scale": Value("float32"), "margin": Value("float32")})
+
+
+def pair_splits(builder: Stocks) -> dict[str, dict]:
+    """The training range of `sft`, cut again: no pair knows a date that the reference model was not trained on."""
+    series, config, context_length = builder.series, builder.config, builder.extractor.context_length
+    if config.horizons[-1] > context_length:
+        raise ValueError(f"horizon {config.horizons[-1]} is longer than the context_length of {context_length}")
+    wanted = None if config.pair_tickers is None else set(parse_tickers(config.pair_tickers))
+    members = [index for index, ticker in enumerate(series["ticker"]) if wanted is None or ticker in wanted]
+    if not members:
+        raise ValueError(f"none of the {len(wanted)} pair_tickers is among the {len(series)} tickers of the prices")
+    train = date_ranges(builder.metadata).train
+    calendar = calendar_of(series)
+    split = chronological_split(
+        calendar[calendar.between(*train)], config.horizons[-1], config.validation_fraction, config.test_fraction
+    )
+    shared = {"groups": groups_of(members), "series": series, "context_length": context_length}
+    return {name: {"within": within, **shared} for name, within in split._asdict().items()}
+
+
+def pair_rows(config: StocksConfig, group: list[int], series: Dataset, within: DateRange, context_length: int) -> dict:
+    store = SeriesStore(series.data.slice(group[0], group[-1] + 1 - group[0]))
+    sample_paths, tokenizer, rows = BlockBootstrap(config.seed), SpaceExploreTokenizer(), []
+    for index in group:
+        one = store[index - group[0]]
+        paths = non_overlapping_paths(one, config.horizons[-1], within, context_length)
+        pairs = preference_pairs(one, *paths, sample_paths, tokenizer, context_length, config.margin)
+        rows += [{"series": index, **pair} for pair in pairs]
+    return {name: [row[name] for row in rows] for name in pair_columns(0, 0)}
+
+
+def non_overlapping_paths(
+    one: EncodedSeries, length: int, within: DateRange, context_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forecast origins with a whole context of bars behind them, (N,), and the (N, length) log-returns that followed;
+    path and origin lie within the range, no day of a path is masked and none is in two paths."""
+    days = list(range(1, length + 1))
+    if not is_supervised(one, days, within):
+        return np.zeros(0, dtype=np.int64), np.zeros((0, length), dtype=np.float32)
+    windows = supervised_windows([one], days, within, context_length, stride=length)
+    labels, origins = windows.labels[0], windows.ends[:, 1]
+    whole = (labels[origins] != IGNORE_INDEX).all(axis=1) & (one.traded.cumsum()[origins] >= context_length)
+    return origins[whole], np.diff(labels[origins[whole]], axis=1, prepend=np.float32(0))
+
+
+def preference_pairs(
+    one: EncodedSeries,
+    origins: np.ndarray,
+    realised: np.ndarray,
+    sample_paths: SamplePaths,
+    tokenizer: SpaceExploreTokenizer,
+    context_length: int,
+    margin: float,
+) -> Iterator[dict]:
+    """The realised path against one sampled path, where their cumulative returns are at least `margin` apart.
+
+    A pair that is too close is dropped, not sampled again: that would choose among samples, and the optimum of worst
+    of K is a model that is too narrow (FACTS: with K = 8 and beta 0.1 its standard deviation falls to 0.15 of 1).
+
+    Args:
+        one: a history.
+        origins: (N,) its steps to forecast from.
+        realised: (N, H) log-returns after each.
+        sample_paths: of a model, or `BlockBootstrap`; it gets each history up to and including its origin.
+    """
+    if not len(origins):
+        return
+    length = realised.shape[1]
+    histories = [EncodedSeries(one.ticker, *(column[: end + 1] for column in one[1:])) for end in origins]
+    sampled = np.asarray(sample_paths(histories, length))
+    apart = np.abs(realised.sum(axis=1) - sampled.sum(axis=1)) / (one.scale[origins] * np.sqrt(length))
+    for end, chosen, rejected, distance in zip(origins.tolist(), realised, sampled, apart, strict=True):
+        texts = [tokenizer.to_text(path, one.scale[end]) for path in (chosen, rejected)]
+        if distance >= margin and texts[0] != texts[1]:
+            yield {
+                "prompt": tokenizer.prompt(context_length),
+                "chosen": texts[0],
+                "rejected": texts[1],
+                "ticker": one.ticker,
+                "date": one.dates[end].astype("datetime64[D]").astype(object),
+                "first": end + 1 - context_length,
+                "last": end,
+                "scale": one.scale[end],
+                "margin": distance,
+            }
+
+
+class BlockBootstrap(NamedTuple):
+    """Paths without a model: what the same ticker did on earlier days, weeks drawn at random, in today's volatility.
+
+    Log-returns over the volatility known the day before are resampled in blocks of `BLOCK_LENGTH` days and multiplied
+    by the volatility at the origin. The marginal distribution and the order within a week are real, what the
+    context says about the coming days is lost: a pair differs in just that, not in one path being smooth or wild.
+    """
+
+    seed: int
+
+    def __call__(self, histories: list[EncodedSeries], length: int) -> np.ndarray:
+        return np.stack([self._path(one, length) for one in histories])
+
+    def _path(self, one: EncodedSeries, length: int) -> np.ndarray:
+        # By ticker and origin, so that groups and processes change nothing.
+        generator = np.random.default_rng([self.seed, *one.ticker.encode(), len(one.close)])
+        close, scale = one.close[one.traded], one.scale[one.traded]
+        residuals = np.diff(np.log(close)) / scale[:-1]
+        block = min(BLOCK_LENGTH, len(residuals))
+        starts = generator.integers(0, len(residuals) - block + 1, size=-(-length // block))
+        return residuals[(starts[:, None] + np.arange(block)).reshape(-1)[:length]] * one.scale[-1]
+
+
+class Stage(NamedTuple):
+    """A configuration: its columns, the arguments of each split, the rows of one group of tickers."""
+
+    columns: Callable[[int, int], Features]
+    splits: Callable[[Stocks], dict[str, dict]]
+    rows: Callable[..., dict]
+
+
+STAGES = {
+    "indicators": Stage(indicator_columns, indicator_splits, indicator_rows),
+    "series": Stage(series_columns, series_splits, series_rows),
+    "sft": Stage(window_columns, window_splits, window_rows),
+    "dpo": Stage(pair_columns, pair_splits, pair_rows),
+}
+PRECEDING = {
+    "indicators": (),
+    "series": ("indicators",),
+    "sft": ("indicators", "series"),
+    "dpo": ("indicators", "series"),
+}

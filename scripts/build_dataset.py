@@ -1,0 +1,301 @@
+"""Prices to a published dataset: windows for training, preference pairs for alignment, and a card that explains them.
+
+    python scripts/build_dataset.py --prices FILE_OR_DIR [--tickers AAPL,MSFT] [--config sft|dpo|all] [--num-proc N]
+        [--universe nasdaq100] [--output-dir DIR] [--push-to-hub REPO --private]
+
+Writes DIR/{series,sft,dpo}/*.parquet, README.md, preprocessor_config.json and stocks.json, whole or not at all.
+`load_dataset(DIR, "sft")` reads it where this package is not installed. What was computed is kept in the cache of
+`datasets` and used again until an option, the code or the prices change.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from datasets import Dataset
+from huggingface_hub import HfApi
+
+from spaceexploreai.data.download import read_tickers_file, read_universe
+from spaceexploreai.data.stocks import (
+    HISTORY,
+    METADATA_NAME,
+    READS,
+    TICKERS_PER_BATCH,
+    Stocks,
+    StocksConfig,
+    rows_per_batch,
+)
+from spaceexploreai.data.windows import Split
+from spaceexploreai.train.arguments import command, make_parser
+
+# A file of series of 20 years and 64 features then has some 60 MB, and one of windows the windows of its tickers.
+TICKERS_PER_FILE = 64
+SIMPLE_OPTIONS = (
+    *("normalization", "context_length", "validation_fraction", "test_fraction"),
+    *("stride", "target", "margin", "seed"),
+)
+SPLITS = {"series": (HISTORY,), "sft": Split._fields, "dpo": Split._fields}
+SAMPLE_LICENCE = "The prices are the embedded sample, which is in the public domain."
+UNKNOWN_LICENCE = (
+    "The prices keep the licence of their source, which is not recorded here. Most vendors, Yahoo among them, permit "
+    "no redistribution: keep this dataset private unless yours does."
+)
+CONTENTS = {
+    "series": "one row per ticker: `dates`, `close`, `scale` (daily volatility), `values`, the normalised features, "
+    "and `labels`, -100 where unknown. A step without a bar has a NaN close. The one split reaches over all dates, "
+    "those of the test included: read it through the indices of the others",
+    "sft": "windows: steps `first` to `last` of the history in row `series`; those from `supervised` on have labels. "
+    "In validation and test every step is labelled in one window alone",
+    "dpo": "`prompt`, `chosen`, `rejected` as text for TRL, and where their numeric context lies: steps `first` to "
+    "`last` of row `series`. `scale` is the volatility at the origin `date`, `margin` the distance of the two "
+    "cumulative returns over scale·√H. All three splits lie within the training range",
+}
+PITFALLS = """\
+- **Survivorship.** Tickers that were delisted before the prices were collected are missing, and an index's members of
+  today were chosen by what happened since. Average returns are too high; report no backtest from them.
+- **The purge.** Validation and test begin the day after the range before them ends, and no label crosses a border. A
+  shuffled split of these windows would put neighbours, which share labels, on both sides.
+- **One day is one example.** Tickers move together: windows of one date are far from independent, however many.
+- **Overlapping windows** repeat steps in training (stride below the context length); that is intended.
+- **The realised path is one draw.** It won over the rejected one by luck as much as by merit: returns are nearly
+  noise, and preference labels with them. Use `label_smoothing` or `loss_type="robust"` / `"ipo"`.
+- **beta sharpens.** The optimum is reference · (realised/rejected)^(1/beta): at TRL's default of 0.1 the forecast
+  becomes far too narrow even for perfect pairs. Take beta 0.5 to 1, or keep a supervised term:
+  `loss_type=["sigmoid", "sft"]`.
+- **Rejected paths** were resampled from the same ticker's earlier days, one a pair, in weekly blocks. A model learns
+  there what its context adds to that. Pairs of a model's own samples are closer to it; take one sample, never the
+  worst of several, which teaches it to be narrow.
+- **The margin filter** drops pairs whose ends lie close, so days with large moves are over-represented.
+- **Rising reward margins and accuracies are no forecast quality.** Choose by CRPS, coverage and rank correlation on
+  the validation range of `sft`, beside supervised training for as many steps and pairs with randomised labels.
+- **Placeholders need their numbers.** `<ts>` stands for a numeric step. Train with `remove_unused_columns=False`, a
+  collator that looks up the context, `max_length=None`, and without `set_format`."""
+CARD = """\
+# Stocks: windows and preference pairs
+
+Made by `scripts/build_dataset.py` of SpaceExploreAI from {source}.
+
+| configuration | split | rows | dates |
+|---|---|---|---|
+{table}
+
+{contents}
+
+{tickers} tickers; {features} features, normalised ({normalization}) by statistics of the training range, which
+`preprocessor_config.json` holds; a model trained from this dataset must be saved with it. Labels are the target
+`{target}` {horizons} steps ahead, not yet over `scale`; the longest is the purge. {dpo}
+
+```python
+import numpy as np
+from datasets import load_dataset
+
+series = load_dataset(folder, "series", split="history")  # with_format("numpy") would round the closes to float32
+windows = load_dataset(folder, "sft", split="train")
+window = windows[0]
+one = series[window["series"]]
+steps = slice(window["first"], window["last"] + 1)
+past_values, scale, labels = (np.array(one[name][steps], np.float32) for name in ("values", "scale", "labels"))
+attention_mask = np.isfinite(one["close"][steps])
+labels[: window["supervised"] - window["first"]] = -100
+```
+
+With the package, `spaceexploreai.data.stocks.open_windows` reads the same without copying, and `stream_windows`
+holds {batch} tickers in memory at a time. Shuffle the index, not a stream: a stream's buffer mixes neighbours only,
+and is not restored exactly when training resumes.
+
+## Pitfalls
+
+{pitfalls}
+
+## Licence
+
+{licence}
+"""
+
+
+# --- the options -----------------------------------------------------------------------------------------------------
+
+
+def make_build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--config", choices=("sft", "dpo", "all"), default="all", help="default: %(default)s")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/stocks"), help="default: %(default)s")
+    parser.add_argument("--extractor", help="checkpoint whose features and statistics to keep; default: new ones")
+    parser.add_argument("--universe", help="make pairs of nasdaq100, sp500, dow30 or the tickers of a text file alone")
+    parser.add_argument("--horizons", help="comma-separated steps ahead; default: 1,2,5,10")
+    for name in SIMPLE_OPTIONS:
+        default = getattr(StocksConfig, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"default: {default}")
+    parser.add_argument("--num-proc", type=int, help="processes; one by default")
+    parser.add_argument("--licence", help="sentence of the card about the prices' licence")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this dataset repository")
+    parser.add_argument("--private", action="store_true", help="make that repository private")
+    return parser
+
+
+def dataset_options(args: argparse.Namespace) -> dict:
+    """What was given on the command line, as fields of `StocksConfig`."""
+    options = {name: getattr(args, name) for name in READS["sft"] + READS["dpo"] if name != "pair_tickers"}
+    if args.horizons is not None:
+        options["horizons"] = parse_horizons(args.horizons)
+    if args.universe is not None:
+        is_file = Path(args.universe).is_file()
+        tickers = read_tickers_file(args.universe) if is_file else read_universe(args.universe)["tickers"]
+        options["pair_tickers"] = ",".join(tickers)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_horizons(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"horizons must be integers separated by commas, got {text!r}") from None
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def build(names: tuple[str, ...], options: dict, num_proc: int | None = None) -> dict[str, Stocks]:
+    """Builders of the configurations, prepared."""
+    builders = {}
+    for name in names:
+        given = {key: value for key, value in options.items() if key in READS[name]}
+        builders[name] = Stocks(config_name=name, **given)
+        builders[name].download_and_prepare(num_proc=num_proc)
+        print(f"prepared {name} in {builders[name].cache_dir}", flush=True)
+    return builders
+
+
+def write_folder(folder: Path, builders: dict[str, Stocks], licence: str) -> None:
+    """Writes all files of a published dataset, whole or not at all."""
+    series = builders["series"]
+    with whole_folder(folder) as temporary:
+        for name, builder in builders.items():
+            for split, dataset in builder.as_dataset().items():
+                write_shards(dataset, temporary / name, split, len(series.series))
+        (temporary / METADATA_NAME).write_text(json.dumps(series.metadata, indent=2) + "\n", encoding="utf-8")
+        series.extractor.to_json_file(temporary / "preprocessor_config.json")
+        (temporary / "README.md").write_text(write_card(builders, licence), encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place if the block succeeds; else nothing has changed."""
+    check_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    marker = uuid.uuid4().hex
+    temporary, former = (folder.with_name(f".{marker}.{which}.{folder.name}") for which in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            os.replace(folder, former)
+        os.replace(temporary, folder)
+    finally:
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses to replace what is not a dataset of ours; for the command line, before the work that would fill it."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / METADATA_NAME).exists())):
+        raise ValueError(f"{folder} exists and is no dataset of this command; choose another --output-dir")
+
+
+def write_shards(dataset: Dataset, folder: Path, split: str, tickers: int) -> None:
+    """Writes one file per `TICKERS_PER_FILE` tickers, the same ones in file n of every configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = -(-tickers // TICKERS_PER_FILE)
+    bounds = np.searchsorted(dataset.data["series"].to_numpy(), np.arange(count + 1) * TICKERS_PER_FILE)
+    arrow = dataset.with_format("arrow")
+    for shard, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        # With the metadata that tells `load_dataset` the lengths of lists.
+        table = arrow[start:stop].replace_schema_metadata(dataset.features.arrow_schema.metadata)
+        path = folder / f"{split}-{shard:05d}-of-{count:05d}.parquet"
+        pq.write_table(table, path, row_group_size=rows_per_batch(folder.name), compression="zstd")
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def write_card(builders: dict[str, Stocks], licence: str) -> str:
+    series = builders["series"]
+    source, extractor, config = series.config.prices, series.extractor, builders.get("dpo", series).config
+    contents = "\n".join(f"- `{name}`: {CONTENTS[name]}." for name in builders)
+    body = CARD.format(
+        source="the embedded sample" if source is None else f"`{Path(source).name}`",
+        table="\n".join(count_rows(builders)),
+        contents=contents,
+        tickers=len(series.series),
+        features=len(extractor.feature_names),
+        normalization=extractor.normalization,
+        horizons=list(config.horizons),
+        target=config.target,
+        dpo=f"Pairs are at least {config.margin:g}·scale·√H apart." if "dpo" in builders else "",
+        batch=TICKERS_PER_BATCH,
+        pitfalls=PITFALLS,
+        licence=licence,
+    )
+    return f"---\n{yaml.safe_dump(card_metadata(tuple(builders)), sort_keys=False)}---\n\n{body}"
+
+
+def count_rows(builders: dict[str, Stocks]) -> Iterator[str]:
+    dates = builders["series"].metadata["splits"]
+    for name, builder in builders.items():
+        for split, info in builder.info.splits.items():
+            within = "training range" if name == "dpo" else " to ".join(dates.get(split, ["all"]))
+            yield f"| {name} | {split} | {info.num_examples:,} | {within} |"
+
+
+def card_metadata(names: tuple[str, ...]) -> dict:
+    """What `load_dataset` and the Hub read at the top of the card."""
+    configs = []
+    for name in names:
+        files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in SPLITS[name]]
+        configs.append({"config_name": name, "data_files": files})
+    configs[names.index("sft" if "sft" in names else "dpo")]["default"] = True
+    return {
+        "license": "other",
+        "task_categories": ["time-series-forecasting"],
+        "tags": ["finance"],
+        "configs": configs,
+    }
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def push(folder: Path, repository: str, private: bool) -> None:
+    api = HfApi()
+    api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+    # With what an earlier upload had in more files.
+    delete = [f"{name}/*.parquet" for name in SPLITS]
+    api.upload_folder(folder_path=folder, repo_id=repository, repo_type="dataset", delete_patterns=delete)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = make_build_parser().parse_args(argv)
+    check_folder(args.output_dir)
+    names = ("series", *(("sft", "dpo") if args.config == "all" else (args.config,)))
+    builders = build(names, dataset_options(args), args.num_proc)
+    licence = args.licence or (SAMPLE_LICENCE if args.prices is None else UNKNOWN_LICENCE)
+    write_folder(args.output_dir, builders, licence)
+    for line in count_rows(builders):
+        print(line.strip("| ").replace(" | ", "  "))
+    print(f"wrote {args.output_dir}")
+    if args.push_to_hub is not None:
+        push(args.output_dir, args.push_to_hub, args.private)
+        print(f"pushed to https://huggingface.co/datasets/{args.push_to_hub}")
+
+
+if __name__ == "__main__":
+    main()
