@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from .indicators_spaceexplore import INDICATORS, compute_indicators, ewma_volatility
+from .indicators_spaceexplore import FEATURE_PRESETS, compute_indicators, compute_panel, ewma_volatility
 
 try:  # optional: only the dates of a forecast need it
     import exchange_calendars
@@ -200,7 +200,9 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
     are multiplied by a constant.
 
     Args:
-        feature_names (`list[str]`, *optional*): registered indicators, in the order of the columns; all by default.
+        feature_names (`list[str]`, *optional*): registered indicators, in the order of the columns; by default the
+            preset of 64, which knows one ticker at a time. Those of the group "relation" compare a ticker with the
+            others of the price table and are undefined where these are few, as for a ticker that is forecast alone.
         normalization (`str`, defaults to `"robust"`): statistics that `fit` takes, as scikit-learn's scalers do:
             `"robust"` (median; interquartile range over that of a unit normal), `"standard"` (mean; standard
             deviation), `"minmax"` (to [-1, 1]).
@@ -228,7 +230,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"normalization must be one of {', '.join(_STATISTICS)}, got {normalization!r}")
         if context_length < 1:
             raise ValueError(f"context_length must be at least 1, got {context_length}")
-        self.feature_names = list(INDICATORS) if feature_names is None else list(feature_names)
+        self.feature_names = list(FEATURE_PRESETS["default"] if feature_names is None else feature_names)
         self.normalization = normalization
         self.center = center
         self.spread = spread
@@ -249,28 +251,33 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             prices: the price table (see `validate_prices`).
 
         Returns:
-            One row per bar: `ticker, date, <feature_names>`, float64, NaN where undefined.
+            One row per bar: `ticker, date, <feature_names>`, float32, NaN where undefined.
         """
-        frames = []
-        tickers = validate_prices(prices).groupby("ticker", sort=False)
-        for ticker, bars in tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
-            columns = pd.DataFrame(compute_indicators(bars, self.feature_names), columns=self.feature_names)
-            columns.insert(0, "ticker", ticker)
-            columns.insert(1, "date", bars["date"].to_numpy())
-            frames.append(columns)
-        return pd.concat(frames, ignore_index=True)
+        prices = validate_prices(prices)
+        values = np.empty((len(prices), len(self.feature_names)), dtype=np.float32)
+        tickers = prices.groupby("ticker", sort=False)
+        for _, bars in tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
+            values[bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, self.feature_names)
+        for name, column in compute_panel(prices, self.feature_names):
+            values[:, self.feature_names.index(name)] = column
+        features = pd.DataFrame(values, columns=self.feature_names, copy=False)
+        features.insert(0, "ticker", prices["ticker"])
+        features.insert(1, "date", prices["date"])
+        return features
 
     def fit(self, features: pd.DataFrame) -> "SpaceExploreFeatureExtractor":
         """Takes the statistics of normalisation from `compute_features` rows, which must be those of the training
         split alone. Undefined values are left out; a column without any spread is only centred."""
-        values = features[self.feature_names].to_numpy()
-        empty = np.isnan(values).all(axis=0)
-        if empty.any():
-            raise ValueError(f"feature {self.feature_names[int(empty.argmax())]!r} has no value in the training split")
-        center, spread = _STATISTICS[self.normalization](values)
-        self.center = center.tolist()
-        # The standard deviation of a constant is a rounding error, not zero.
-        self.spread = np.where(spread > 1e-12 * np.maximum(np.abs(center), 1.0), spread, 1.0).tolist()
+        center, spread = [], []
+        for name in self.feature_names:
+            values = features[name].to_numpy(np.float64)
+            if np.isnan(values).all():
+                raise ValueError(f"feature {name!r} has no value in the training split")
+            middle, width = _STATISTICS[self.normalization](values)
+            center.append(float(middle))
+            # The standard deviation of a constant is a rounding error, not zero.
+            spread.append(float(width) if width > 1e-12 * max(abs(middle), 1.0) else 1.0)
+        self.center, self.spread = center, spread
         return self
 
     def encode(self, prices: pd.DataFrame, features: pd.DataFrame | None = None) -> list[EncodedSeries]:
@@ -287,15 +294,15 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             raise ValueError("the feature extractor has no statistics yet: call fit on the training split first")
         prices = validate_prices(prices)
         features = self.compute_features(prices) if features is None else features
-        normalized = (features[self.feature_names].to_numpy() - np.array(self.center)) / np.array(self.spread)
-        values = normalized.clip(-self.clip, self.clip).astype(np.float32)
+        center, spread = np.array(self.center), np.array(self.spread)
         series = []
         for ticker, bars in prices.groupby("ticker", sort=False):
             known = bars.iloc[VOLATILITY_BARS:]
             if len(known):
                 scale = ewma_volatility(bars["close"], min_periods=VOLATILITY_BARS).to_numpy(np.float32)
                 dates, close = known["date"].to_numpy(), known["close"].to_numpy()
-                rows = values[known.index[0] : known.index[-1] + 1]
+                values = features[known.index[0] : known.index[-1] + 1][self.feature_names].to_numpy()
+                rows = ((values - center) / spread).clip(-self.clip, self.clip).astype(np.float32)
                 encoded = EncodedSeries(ticker, dates, close, rows, scale[VOLATILITY_BARS:])
                 series.append(with_missing_sessions(encoded, self.calendar))
         return series
@@ -416,17 +423,17 @@ def parse_date(value: str | pd.Timestamp) -> pd.Timestamp:
     return date
 
 
-def _robust(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, median, high = np.nanquantile(values, [0.25, 0.5, 0.75], axis=0)
+def _robust(values: np.ndarray) -> tuple[float, float]:
+    low, median, high = np.nanquantile(values, [0.25, 0.5, 0.75])
     return median, (high - low) / 1.3489795  # interquartile range of a unit normal
 
 
-def _standard(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+def _standard(values: np.ndarray) -> tuple[float, float]:
+    return np.nanmean(values), np.nanstd(values)
 
 
-def _minmax(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+def _minmax(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanmin(values), np.nanmax(values)
     return (high + low) / 2, (high - low) / 2
 
 

@@ -57,6 +57,7 @@ from spaceexploreai.feature_extraction_spaceexplore import (
     EncodedSeries,
     SpaceExploreFeatureExtractor,
 )
+from spaceexploreai.indicators_spaceexplore import INDICATORS
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
 # With 20 years of 64 features, 20 MB: what a stream holds at a time.
@@ -114,7 +115,7 @@ class StocksConfig(BuilderConfig):
         return SpaceExploreFeatureExtractor(normalization=self.normalization, context_length=self.context_length)
 
     def check(self) -> None:
-        if list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1:
+        if list(self.horizons) != sorted(set(self.horizons)) or not self.horizons or self.horizons[0] < 1:
             raise ValueError(f"horizons must increase from at least 1, got {list(self.horizons)}")
         for name in ("context_length", "stride"):
             if getattr(self, name) < 1:
@@ -268,11 +269,11 @@ def groups_of(items: Sequence) -> list:
     return [items[start : start + TICKERS_PER_BATCH] for start in range(0, len(items), TICKERS_PER_BATCH)]
 
 
-def nested(arrays: list[np.ndarray], kind: pa.DataType | None = None) -> pa.ListArray:
+def nested(arrays: list[np.ndarray]) -> pa.ListArray:
     """One list per array, of numbers or, for (T, F), of rows of fixed length."""
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
     flat = np.concatenate(arrays)
-    values = pa.array(flat.reshape(-1), type=kind)
+    values = pa.array(flat.reshape(-1))
     if flat.ndim == 2:
         values = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
     return pa.ListArray.from_arrays(pa.array(offsets), values)
@@ -294,7 +295,11 @@ def indicator_columns(num_features: int, num_horizons: int) -> Features:
 def indicator_splits(builder: Stocks) -> dict[str, dict]:
     prices = load_prices(builder.config.prices, builder.config.tickers)
     bars = [frame for _, frame in prices.groupby("ticker", sort=False)]
-    return {HISTORY: {"groups": [pd.concat(group, ignore_index=True) for group in groups_of(bars)]}}
+    # Columns of the panel need all tickers at once; then neither memory nor processes can be saved.
+    names = builder.config.make_extractor().feature_names
+    together = any(INDICATORS[name].panel for name in names if name in INDICATORS)
+    groups = [prices] if together else [pd.concat(group, ignore_index=True) for group in groups_of(bars)]
+    return {HISTORY: {"groups": groups}}
 
 
 def indicator_rows(config: StocksConfig, bars: pd.DataFrame) -> dict:
@@ -315,7 +320,7 @@ def to_frames(indicators: Dataset, rows: Sequence[int], names: list[str]) -> tup
     table = pa.concat_tables([indicators.data.fast_slice(row, 1) for row in rows]).combine_chunks()
     lengths = table["dates"].combine_chunks().value_lengths().to_numpy()
     prices = pd.DataFrame({"ticker": np.repeat(np.array(table["ticker"].to_pylist(), dtype=object), lengths)})
-    prices["date"] = flat(table["dates"]).astype("datetime64[ns]")
+    prices["date"] = to_dates(flat(table["dates"]))
     for name in (*PRICE_COLUMNS, "volume"):
         prices[name] = flat(table[name])
     features = pd.DataFrame(flat(table["indicators"]), columns=names)
@@ -323,14 +328,17 @@ def to_frames(indicators: Dataset, rows: Sequence[int], names: list[str]) -> tup
 
 
 def flat(column: pa.ChunkedArray | pa.ListArray) -> np.ndarray:
-    """All values of a column of lists, one after the other: (N,) or, for lists of rows, (N, F). Copies only dates."""
+    """All values of a column of lists, one after the other: (N,) or, for lists of rows, (N, F); dates as days since
+    1970. Of a `ListArray` a view."""
     lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     values = lists.flatten()
-    if pa.types.is_date(values.type):
-        return values.view(pa.int32()).to_numpy(zero_copy_only=True).astype("datetime64[D]")
     if pa.types.is_fixed_size_list(values.type):
         return values.flatten().to_numpy(zero_copy_only=True).reshape(-1, values.type.list_size)
-    return values.to_numpy(zero_copy_only=True)
+    return (values.view(pa.int32()) if pa.types.is_date(values.type) else values).to_numpy(zero_copy_only=True)
+
+
+def to_dates(days: np.ndarray) -> np.ndarray:
+    return days.astype("datetime64[D]").astype("datetime64[ns]")
 
 
 # --- series: what the network sees -----------------------------------------------------------------------------------
@@ -368,7 +376,7 @@ def series_splits(builder: Stocks) -> dict[str, dict]:
 def calendar_of(histories: Dataset) -> pd.Series:
     """All dates of all tickers, each once."""
     days = [np.unique(flat(chunk)) for chunk in histories.data["dates"].chunks]
-    return pd.Series(np.unique(np.concatenate(days)).astype("datetime64[ns]"))
+    return pd.Series(to_dates(np.unique(np.concatenate(days))))
 
 
 def fitted_extractor(config: StocksConfig, indicators: Dataset, train: DateRange) -> SpaceExploreFeatureExtractor:
@@ -418,10 +426,10 @@ class SeriesStore(Sequence):
         # Of the chunks of the file, since a view cannot reach over two of them.
         self._chunks, self._tickers, places = [], [], []
         for which, batch in enumerate(table.to_batches()):
-            self._chunks.append({name: flat_view(batch[name]) for name in VIEWS})
+            self._chunks.append({name: flat(batch[name]) for name in VIEWS})
             self._tickers += batch["ticker"].to_pylist()
-            offsets = batch["dates"].offsets.to_numpy()
-            places.append(np.stack([np.full(len(batch), which), offsets[:-1], offsets[1:]], axis=1))
+            ends = batch["dates"].value_lengths().to_numpy().cumsum()
+            places.append(np.stack([np.full(len(batch), which), np.append(0, ends[:-1]), ends], axis=1))
         self._places = np.concatenate(places).tolist() if places else []
 
     def __reduce__(self):
@@ -442,20 +450,7 @@ class SeriesStore(Sequence):
         chunk, start, end = self._places[index]
         end = end if stop is None else start + stop
         days, close, scale, values, labels = (self._chunks[chunk][name][start + first : end] for name in VIEWS)
-        dates = days.astype("datetime64[D]").astype("datetime64[ns]")
-        return EncodedSeries(self._tickers[index], dates, close, values, scale), labels
-
-
-def flat_view(lists: pa.ListArray) -> np.ndarray:
-    """The child of a column of lists, from its beginning, as `offsets` count; dates as days since 1970."""
-    values = lists.values
-    if pa.types.is_fixed_size_list(values.type):
-        return flat_view_of_rows(values)
-    return (values.view(pa.int32()) if pa.types.is_date(values.type) else values).to_numpy(zero_copy_only=True)
-
-
-def flat_view_of_rows(rows: pa.FixedSizeListArray) -> np.ndarray:
-    return rows.flatten().to_numpy(zero_copy_only=True).reshape(len(rows), rows.type.list_size)
+        return EncodedSeries(self._tickers[index], to_dates(days), close, values, scale), labels
 
 
 # --- sft: windows ----------------------------------------------------------------------------------------------------
@@ -547,11 +542,21 @@ class StoredWindows(TorchDataset):
 
 
 def open_windows(series: Dataset, windows: Dataset) -> StoredWindows:
-    """Joins the `series` dataset and a split of the `sft` dataset, as built or as `load_dataset` reads them."""
-    return StoredWindows(SeriesStore(series.data), rows_of(windows.data))
+    """Joins the `series` dataset and a split of the `sft` dataset, as built or as `load_dataset` reads them.
+
+    Args:
+        series: whole; windows name its rows.
+        windows: all or some, in any order.
+
+    Raises:
+        ValueError: a part of the series.
+    """
+    if not np.array_equal(np.asarray(series["series"][:]), np.arange(len(series.data))):
+        raise ValueError(f"windows need the whole series dataset in its own order, got {len(series)} rows of it")
+    return StoredWindows(SeriesStore(series.data), rows_of(windows.with_format("arrow")[:]))
 
 
-def rows_of(windows: pa.Table | ArrowTable) -> np.ndarray:
+def rows_of(windows: pa.Table) -> np.ndarray:
     return np.stack([windows[name].to_numpy() for name in WINDOW], axis=1)
 
 

@@ -333,6 +333,13 @@ def test_update_with_nothing_new_changes_nothing(yahoo, tmp_path, capsys):
     assert "0 written, 1 left as they were" in capsys.readouterr().out
 
 
+def test_update_downloads_what_is_not_there(yahoo, tmp_path, capsys):
+    run(tmp_path, tickers="AAA")
+    assert run(tmp_path, "--update") == 0
+    assert set(files(tmp_path)) == {"AAA", "BBB"}
+    assert "1 written, 1 left as they were" in capsys.readouterr().out
+
+
 def test_update_keeps_the_file_of_a_ticker_that_fails(yahoo, tmp_path):
     run(tmp_path)
     before = files(tmp_path)
@@ -457,7 +464,9 @@ def test_what_may_pass_is_tried_again(yahoo, tmp_path, monkeypatch, trouble, bef
     assert run(tmp_path) == 0
     assert set(read_prices(tmp_path)["ticker"]) == {"AAA", "BBB"}
     assert not yahoo.troubles["AAA"]
-    assert len(yahoo.charts("AAA")) == 3 + len(before)
+    asked = yahoo.charts("AAA")
+    assert len(asked) == 3 + len(before)
+    assert np.diff(asked).max() < 6  # of the timeout, the server's patience is 10 seconds
 
 
 @pytest.mark.parametrize("before", [[], [fine]], ids=["time zone", "bars"])

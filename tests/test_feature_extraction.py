@@ -26,7 +26,13 @@ from spaceexploreai.feature_extraction_spaceexplore import (
     quantile_columns,
     validate_prices,
 )
-from spaceexploreai.indicators_spaceexplore import INDICATORS, compute_indicators, ewma_volatility
+from spaceexploreai.indicators_spaceexplore import (
+    FEATURE_PRESETS,
+    MIN_TICKERS,
+    compute_indicators,
+    compute_panel,
+    ewma_volatility,
+)
 
 # One of each kind: the bar alone, a long window, recursive averages, a volume.
 FEATURES = ["gap", "scaled_return_60", "adx_14", "rsi_14", "bollinger_position_20", "relative_volume_20"]
@@ -288,7 +294,7 @@ def test_options_are_checked():
         SpaceExploreFeatureExtractor(normalization="quantile")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         SpaceExploreFeatureExtractor(context_length=0)
-    assert SpaceExploreFeatureExtractor().feature_names == list(INDICATORS)
+    assert SpaceExploreFeatureExtractor().feature_names == list(FEATURE_PRESETS["default"])
 
 
 # --- saving ---
@@ -316,6 +322,8 @@ def test_saved_extractor_is_json_and_its_code(tmp_path):
     assert saved["center"] == EXTRACTOR.center
     assert sorted(name for name in os.listdir(tmp_path) if not name.startswith("_")) == [
         "feature_extraction_spaceexplore.py",
+        "indicators_bars_spaceexplore.py",
+        "indicators_base_spaceexplore.py",
         "indicators_spaceexplore.py",
         "preprocessor_config.json",
     ]
@@ -335,7 +343,8 @@ def test_features_are_the_indicators():
     pd.testing.assert_frame_equal(features[["ticker", "date"]], validate_prices(PRICES)[["ticker", "date"]])
     for ticker, bars in PRICES.groupby("ticker"):
         values = features.loc[features["ticker"] == ticker, FEATURES]
-        np.testing.assert_array_equal(values, compute_indicators(bars, FEATURES))
+        assert (values.dtypes == "float32").all()
+        np.testing.assert_array_equal(values, compute_indicators(bars, FEATURES).astype(np.float32))
 
 
 def test_encoded_series():
@@ -494,6 +503,41 @@ def test_checker_catches_a_planted_look_ahead(extractor, seen):
     planted = extractor.from_dict(EXTRACTOR.to_dict())
     with pytest.raises(AssertionError, match=seen):
         assert_causal(planted, PRICES, PRICES["date"].iloc[80], "surge")
+
+
+# --- columns of all tickers together ---
+
+TICKERS = ["AAA", "BBB", *(f"T{number}" for number in range(MIN_TICKERS))]
+PANEL_FEATURES = ["return_rank_5", "gap", "market_residual_1"]
+PANEL_PRICES = make_prices(**dict.fromkeys(TICKERS, 120))
+PANEL_EXTRACTOR = SpaceExploreFeatureExtractor(PANEL_FEATURES, context_length=CONTEXT)
+PANEL_EXTRACTOR.fit(PANEL_EXTRACTOR.compute_features(make_prices("2010-01-01", **dict.fromkeys(TICKERS, 120))))
+
+
+def test_features_of_the_panel_are_the_indicators():
+    features = PANEL_EXTRACTOR.compute_features(PANEL_PRICES.sample(frac=1, random_state=0).sort_values("date"))
+    panel = dict(compute_panel(validate_prices(PANEL_PRICES), PANEL_FEATURES))
+    assert sorted(panel) == ["market_residual_1", "return_rank_5"]
+    for name, values in panel.items():
+        assert np.isfinite(values).sum() > 500
+        np.testing.assert_array_equal(features[name], values.astype(np.float32))
+
+
+@settings(**NO_SHRINKING, max_examples=8)
+@given(st.integers(CONTEXT + VOLATILITY_BARS, 119), st.sampled_from(sorted(CHANGES)))
+def test_features_of_the_panel_are_causal(bars, change):
+    assert_causal(PANEL_EXTRACTOR, PANEL_PRICES, PANEL_PRICES["date"].iloc[bars - 1], change)
+
+
+def test_a_ticker_alone_has_no_place_among_others():
+    prices = PANEL_PRICES[PANEL_PRICES["ticker"] == "BBB"]
+    values = PANEL_EXTRACTOR(prices)["past_values"]
+    assert values.isnan().all(dim=1).tolist() == [[True, False, True]]
+    together = PANEL_EXTRACTOR(PANEL_PRICES)["past_values"][TICKERS.index("BBB")]
+    torch.testing.assert_close(values[0, :, 1], together[:, 1], rtol=0, atol=0)
+    assert together[-20:].isfinite().all()
+    with pytest.raises(ValueError, match="'return_rank_5' has no value in the training split"):
+        SpaceExploreFeatureExtractor(PANEL_FEATURES).fit(PANEL_EXTRACTOR.compute_features(prices))
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -45,6 +45,8 @@ def test_a_checkpoint_is_a_hub_repository_without_pickles(checkpoint):
         "configuration_spaceexplore.py",
         "feature_extraction_spaceexplore.py",
         "front_end_spaceexplore.py",
+        "indicators_bars_spaceexplore.py",
+        "indicators_base_spaceexplore.py",
         "indicators_spaceexplore.py",
         "model.safetensors",
         "modeling_spaceexplore.py",

@@ -10,6 +10,7 @@ from multiprocessing.reduction import ForkingPickler
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
 from conftest import make_market
@@ -139,15 +140,39 @@ def test_no_label_reaches_into_another_split(prices, columns):
             assert dates[series][last + HORIZONS[-1]] <= ranges[name][1]
 
 
-def test_windows_are_views_of_one_copy(prices, columns):
+def test_windows_are_views_of_the_mapped_file(prices, columns):
     builder = make("sft", prices, columns)
+    allocated = pa.total_allocated_bytes()
     windows = open_windows(builder.series, builder.as_dataset("train"))
-    whole = open_windows(builder.series, builder.as_dataset("train")).series[0].values
-    for index in (0, 7):
-        assert np.shares_memory(windows[index]["past_values"], windows.series[0].values)
-        assert np.shares_memory(windows[index]["scale"], windows.series[0].scale)
-    # Another reader maps the same file: the same bytes, elsewhere in memory or not.
-    np.testing.assert_array_equal(whole, windows.series[0].values)
+    (batch,) = builder.series.data.to_batches()
+    for name in ("values", "scale"):
+        numbers = batch[name].values.flatten() if name == "values" else batch[name].values
+        buffer = numbers.buffers()[1]
+        for example in (windows[0], windows[50]):
+            start = example["past_values" if name == "values" else name].ctypes.data
+            assert buffer.address <= start < buffer.address + buffer.size
+    # The index alone was read; Arrow counts no mapped memory.
+    assert pa.total_allocated_bytes() - allocated < 10_000
+
+
+def test_some_windows_in_any_order(prices, columns):
+    builder = make("sft", prices, columns)
+    train = builder.as_dataset("train")
+    every = open_windows(builder.series, train)
+    assert_same_examples(open_windows(builder.series, train.select([60, 7, 7])), [every[60], every[7], every[7]])
+    for part in (builder.series.select([0, 2]), builder.series.select(range(1, 3)), builder.series.shuffle(seed=2)):
+        with pytest.raises(ValueError, match="windows need the whole series dataset"):
+            open_windows(part, train)
+
+
+def test_statistics_of_a_large_market_are_those_of_some_tickers(prices, columns, tmp_path, monkeypatch):
+    monkeypatch.setattr(stocks, "FIT_TICKERS", 2)
+    builder = make("series", prices, columns, cache_dir=tmp_path)
+    table = read_prices(prices)
+    extractor = SpaceExploreFeatureExtractor.from_pretrained(columns)
+    features = extractor.compute_features(table)
+    seen = (features["date"] <= builder.metadata["splits"]["train"][1]) & features["ticker"].isin(["T0", "T4"])
+    assert builder.extractor.to_dict() == extractor.fit(features[seen]).to_dict()
 
 
 def test_a_pickled_dataset_holds_no_values(prices, columns):
@@ -226,6 +251,21 @@ def test_processes_change_nothing(prices, columns, tmp_path, monkeypatch):
         assert two.series.to_dict()["ticker"] == builder.series.to_dict()["ticker"] == ["T0", "T1", "T2", "T4"]
         for split in SPLITS:
             assert two.as_dataset(split).to_dict() == builder.as_dataset(split).to_dict()
+
+
+def test_columns_of_the_panel_see_all_tickers(tmp_path, monkeypatch):
+    """Whatever the groups, ranks are among all tickers of the market."""
+    name = "return_rank_5"
+    if name not in stocks.INDICATORS:
+        pytest.skip(f"no {name}")
+    write_table(make_market(tickers=12, days=120), tmp_path / "prices.parquet")
+    extractor = SpaceExploreFeatureExtractor(feature_names=["gap", name], context_length=CONTEXT)
+    extractor.to_json_file(tmp_path / "preprocessor_config.json")
+    monkeypatch.setattr(stocks, "TICKERS_PER_BATCH", 5)
+    builder = make("indicators", tmp_path / "prices.parquet", tmp_path)
+    found = np.concatenate([np.array(row["indicators"]) for row in builder.as_dataset("history")])
+    expected = extractor.compute_features(read_prices(tmp_path / "prices.parquet"))
+    np.testing.assert_array_equal(found, expected[extractor.feature_names].to_numpy())
 
 
 # --- leakage ---
