@@ -256,8 +256,6 @@ def test_processes_change_nothing(prices, columns, tmp_path, monkeypatch):
 def test_columns_of_the_panel_see_all_tickers(tmp_path, monkeypatch):
     """Whatever the groups, ranks are among all tickers of the market."""
     name = "return_rank_5"
-    if name not in stocks.INDICATORS:
-        pytest.skip(f"no {name}")
     write_table(make_market(tickers=12, days=120), tmp_path / "prices.parquet")
     extractor = SpaceExploreFeatureExtractor(feature_names=["gap", name], context_length=CONTEXT)
     extractor.to_json_file(tmp_path / "preprocessor_config.json")
