@@ -207,14 +207,16 @@ def close_to_hma_20(bars):
 @indicator("trend")
 def close_to_kama_10(bars):
     """Close over Kaufman's adaptive average."""
-    average = ta.kama(bars.frame["close"], length=10, talib=False)
-    return scaled_log(bars, bars.close / _library(average, bars), 10)
+    average = _library(ta.kama(bars.frame["close"], length=10, talib=False), bars, 30)
+    return scaled_log(bars, bars.close / average, 10)
 
 
-def _library(result: pd.Series | None, bars: Bars) -> np.ndarray:
-    # pandas-ta-classic answers None when the history is shorter than its window. It takes TA-Lib's values when that is
-    # installed; they differ during warm-up, so a model would see other inputs on another machine. Hence talib=False.
-    return np.full(len(bars.close), np.nan) if result is None else result.to_numpy()
+def _library(result: pd.Series | None, bars: Bars, shortest: int) -> np.ndarray:
+    # pandas-ta-classic answers None to a history shorter than `shortest`: of these days a longer one must not know
+    # more. It takes TA-Lib's values when that is installed; they differ during warm-up, so a model would see other
+    # inputs on another machine: hence talib=False.
+    known = np.arange(len(bars.close)) >= shortest - 1
+    return np.where(known, np.nan if result is None else result, np.nan)
 
 
 @shared
@@ -284,22 +286,21 @@ def aroon_25(bars):
 @shared
 def parabolic_stop(bars: Bars) -> np.ndarray:
     """Wilder's parabolic stop-and-reverse with TA-Lib's start: acceleration 0.02 per new extreme, at most 0.2."""
-    high, low = bars.high.tolist(), bars.low.tolist()
-    stops = [np.nan] * len(high)
-    # While prices rise, the stop is on the side of the lows and follows the newest high; else the other way round.
-    near, far, inner, outer = low, high, min, max
-    if len(high) > 1 and low[0] - low[1] > max(high[1] - high[0], 0):
-        near, far, inner, outer = high, low, max, min
-    stop, extreme, acceleration = near[0], far[min(1, len(far) - 1)], 0.02
-    for day in range(1, len(high)):
+    upright = bars.low.tolist(), bars.high.tolist()
+    inverted = (-bars.high).tolist(), (-bars.low).tolist()  # where a fall is a rise
+    low, high = upright
+    sign = -1 if len(low) > 1 and low[0] - low[1] > max(high[1] - high[0], 0) else 1
+    low, high = upright if sign > 0 else inverted
+    stop, extreme, acceleration, stops = low[0], high[:2][-1], 0.02, [np.nan]
+    for day in range(1, len(low)):
         # Never within the range of the two days before.
-        stop = inner(stop + acceleration * (extreme - stop), near[day - 1], near[max(day - 2, 0)])
-        if outer(far[day], extreme) != extreme:
-            extreme, acceleration = far[day], min(acceleration + 0.02, 0.2)
-        if inner(near[day], stop) != stop:
-            near, far, inner, outer = far, near, outer, inner
-            stop, extreme, acceleration = extreme, far[day], 0.02
-        stops[day] = stop
+        stop = min(stop + acceleration * (extreme - stop), low[day - 1], low[max(day - 2, 0)])
+        if high[day] > extreme:
+            extreme, acceleration = high[day], min(acceleration + 0.02, 0.2)
+        if low[day] < stop:
+            sign, (low, high) = -sign, inverted if sign > 0 else upright
+            stop, extreme, acceleration = -extreme, high[day], 0.02
+        stops.append(sign * stop)
     return np.array(stops)
 
 
@@ -483,7 +484,8 @@ def awesome_oscillator(bars):
 def kst(bars):
     """Pring's know sure thing: weighted averages of four rates of change."""
     total = ta.kst(bars.frame["close"])
-    return _library(None if total is None else total.iloc[:, 0], bars) / 1e5 / (volatility(bars) * 20**0.5)
+    line = _library(None if total is None else total.iloc[:, 0], bars, 30)
+    return line / 1e5 / (volatility(bars) * 20**0.5)
 
 
 @indicator("momentum", windows=(10, 20))

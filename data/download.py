@@ -631,8 +631,8 @@ class _Run:
             return None
         try:
             known = self.manifest.bars(ticker)
-        except ValueError as error:
-            raise FailedError(f"{error}; delete the file to download it anew") from error
+        except ValueError:  # damaged
+            return self.write(ticker, *self.get(ticker, self.order.start, end))
         start = max(self.order.start, last - OVERLAP)
         new, dropped = self.get(ticker, start, end)
         if not _agree(known[known["date"] >= start], new[new["date"] <= last]):

@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     report = download(tickers, args.output_dir, order, update=args.update, patience=patience, universe=universe)
     print(summarize(report, args.update))
     if report.failures:
-        print(*(f"failed: {ticker}: {why}" for ticker, why in report.failures.items()), sep="\n", file=sys.stderr)
+        failures = [f"failed: {ticker}: {why}" for ticker, why in sorted(report.failures.items())]
+        print(*failures, sep="\n", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -2,7 +2,6 @@
 
 import calendar
 import hashlib
-import importlib
 import math
 import re
 import sys
@@ -280,7 +279,7 @@ UNDEFINED_WITHOUT_MOVEMENT = [
 
 @pytest.mark.parametrize("name", UNDEFINED_WITHOUT_MOVEMENT)
 def test_a_halted_price_has_no_position_in_its_range(name):
-    for close in [0.1, 0.7, 3.3, 17.77, 123.45]:
+    for close in [0.1, 0.7, 3.3, 17.77, 42.1, 123.45, 467.54]:
         bars = make_bars(90, 1)
         bars.loc[40:, PRICES] = close
         bars.loc[40:, "volume"] = 0.0
@@ -293,6 +292,13 @@ def test_short_history_is_undefined_and_no_error(rows):
     assert values.shape == (rows, len(INDICATORS))
     assert np.isnan(values[:, NAMES.index("scaled_return_60")]).all()
     assert np.isnan(values[:, len(NAMES) :]).all()
+
+
+@pytest.mark.parametrize("rows", [5, 12, 23, 29, 45, 64, 120, 230])
+def test_short_history_knows_what_a_longer_one_knows_of_it(rows):
+    bars = make_bars(300, 2, flat=0.1)
+    known = compute_indicators(bars, NAMES)[:rows]
+    assert_same_columns(compute_indicators(bars[:rows], NAMES), known, tolerance=1e-9)
 
 
 # --- values: TA-Lib ---
@@ -590,9 +596,51 @@ def test_column_equals_the_library(sample, name):
         np.testing.assert_allclose(column_of(bars, name), LIBRARY[name](bars), rtol=1e-8, atol=1e-8)
 
 
+def test_engulfing_needs_more_than_equal_bodies():
+    bars = make_bars(400, 1)
+    bars[["open", "close"]] = np.random.default_rng(0).integers(10, 14, (400, 2)).astype(float)
+    bars["high"], bars["low"] = bars[["open", "close"]].max(axis=1) + 1, bars[["open", "close"]].min(axis=1) - 1
+    expected = np.sign(talib.CDLENGULFING(*(bars[name] for name in PRICES)))
+    repeated = (bars["open"] == bars["close"].shift()) & (bars["close"] == bars["open"].shift())
+    assert min(np.sum(expected == 1), np.sum(expected == -1), np.sum(repeated)) > 10
+    np.testing.assert_array_equal(column_of(bars, "engulfing")[2:], expected[2:])
+
+
+# Recursive averages, of which TA-Lib sees only what is left of their beginning.
+BEGINNINGS = {
+    "rsi_14": lambda bars: ta.rsi(bars["close"], length=14) / 50 - 1,
+    "adx_14": lambda bars: ta.adx(*high_low_close(bars), length=14)["ADX_14"] / 50 - 1,
+    "directional_movement_14": lambda bars: (
+        ta.adx(*high_low_close(bars), length=14)[["DMP_14", "DMN_14"]] @ np.array([0.01, -0.01])
+    ),
+    "macd_line": relative(lambda bars: ta.macd(bars["close"]).iloc[:, 0], 26),
+    "macd_signal": relative(lambda bars: ta.macd(bars["close"]).iloc[:, 2], 26),
+    "macd_histogram": relative(lambda bars: ta.macd(bars["close"]).iloc[:, 1]),
+    "atr_14": lambda bars: np.log(relative(lambda bars: ta.atr(*high_low_close(bars), length=14))(bars)),
+    "close_to_ema_50": over(lambda bars: ta.ema(bars["close"], length=50), 50),
+    "trix_15": lambda bars: ta.trix(bars["close"], length=15).iloc[:, 0] / 100 / ewma_volatility(bars["close"]),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_column_begins_as_the_library(sample, name):
+    expected = np.asarray(BEGINNINGS[name](sample["MSFT"]))
+    assert 10 < np.isfinite(expected).argmax() < 60
+    np.testing.assert_allclose(column_of(sample["MSFT"], name), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_aroon_counts_from_the_newest_of_equal_extremes():
+    bars = make_bars(200, 1)
+    bars[PRICES] = bars[PRICES].round(-1) + 10
+    assert bars["high"].rolling(26).apply(lambda window: (window == window.max()).sum() > 1).sum() > 50
+    np.testing.assert_allclose(
+        column_of(bars, "aroon_25"), ta.aroon(bars["high"], bars["low"], length=25)["AROONOSC_25"] / 100, atol=1e-12
+    )
+
+
 def test_installing_talib_changes_nothing(sample, monkeypatch):
     bars = sample["FB"]
-    assert importlib.import_module("pandas_ta_classic.overlap.kama").Imports is ta.Imports
+    assert sys.modules["pandas_ta_classic.overlap.kama"].Imports is ta.Imports
     monkeypatch.setitem(ta.Imports, "talib", False)
     without = compute_indicators(bars, NAMES)
     monkeypatch.setitem(ta.Imports, "talib", True)
@@ -1257,6 +1305,22 @@ def test_default_preset_is_frozen():
         hashlib.sha256(" ".join(DEFAULT).encode()).hexdigest()
         == "f168b0fab08f267e5b83f6276ec7eda9932684a39410d1a1a8ed6fadedfc6db5"
     )
+
+
+# Of the checkpoints of version 0.1, which name their columns.
+EARLIER = """
+gap body true_range close_location upper_shadow lower_shadow scaled_return_1 scaled_return_2 scaled_return_3
+scaled_return_5 scaled_return_10 scaled_return_20 scaled_return_60 close_to_sma_10 close_to_sma_20
+close_to_sma_50 macd_histogram adx_14 directional_movement_14 aroon_25 rsi_7 rsi_14 rsi_21 stochastic_k
+stochastic_d cci_20 williams_r_14 realized_volatility_5 realized_volatility_20 realized_volatility_60 atr_14
+parkinson_volatility_10 parkinson_volatility_20 bollinger_position_20 bollinger_width_20 relative_volume_5
+relative_volume_20 relative_volume_60 volume_change mfi_14 cmf_20
+"""
+
+
+def test_columns_of_earlier_checkpoints_are_registered():
+    assert len(EARLIER.split()) == 41
+    assert set(EARLIER.split()) <= set(NAMES)
 
 
 def test_default_preset_holds_registered_columns_of_one_ticker():

@@ -50,15 +50,16 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prices(tmp_path_factory):
-    """Four tickers: one listed late, one halted for weeks, one too short for its volatility to be known."""
+    """Tickers delisted in the training range, listed late, halted for weeks, and too short to know a volatility."""
     table = make_market(tickers=5, days=400)
     days = table["date"].unique()
     position = table["date"].map({day: which for which, day in enumerate(days)})
+    gone = (table["ticker"] == "T0") & (position >= 300)
     late = (table["ticker"] == "T1") & (position < 170)
     halted = (table["ticker"] == "T2") & position.between(100, 130)
     short = (table["ticker"] == "T3") & (position < 385)
     path = tmp_path_factory.mktemp("prices") / "prices.parquet"
-    write_table(table[~(late | halted | short)], path)
+    write_table(table[~(gone | late | halted | short)], path)
     return path
 
 
@@ -299,6 +300,7 @@ def test_chosen_is_the_realised_path_and_lies_in_the_training_range(prices, colu
         bars = table[table["ticker"] == row["ticker"]].reset_index(drop=True)
         day = bars.index[bars["date"] == pd.Timestamp(row["date"])][0]
         path = np.log(bars["close"]).diff()[day + 1 : day + 1 + length]
+        assert day + 1 >= stocks.VOLATILITY_BARS + CONTEXT
         assert str(bars["date"][day + length].date()) <= train_end
         chosen, rejected = (tokenizer(row[name])["input_ids"] for name in ("chosen", "rejected"))
         assert chosen[-1] == rejected[-1] == tokenizer.eos_token_id
@@ -409,11 +411,11 @@ def test_a_model_sees_the_past_once_and_close_samples_are_dropped():
 
 @pytest.fixture(scope="module")
 def folder(prices, columns, tmp_path_factory):
-    """Two tickers a file, one a row group, so that there is more than one of each."""
+    """Three tickers a file, two a row group, so that there is more than one of each."""
     target = tmp_path_factory.mktemp("published") / "Stocks"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_dataset, "TICKERS_PER_FILE", 2)
-        patch.setattr(stocks, "TICKERS_PER_BATCH", 1)
+        patch.setattr(build_dataset, "TICKERS_PER_FILE", 3)
+        patch.setattr(stocks, "TICKERS_PER_BATCH", 2)
         build_dataset.main(command_line(prices, columns, target))
     return target
 
