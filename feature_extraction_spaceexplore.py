@@ -41,14 +41,7 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: missing column, empty table, or a value that cannot be a daily bar; names ticker, date and value.
     """
-    missing = [column for column in TABLE_COLUMNS if column not in prices.columns]
-    if missing:
-        raise ValueError(f"the price table has no column {missing[0]!r}; it has {', '.join(map(str, prices.columns))}")
-    twice = prices.columns[prices.columns.duplicated()].intersection(TABLE_COLUMNS)
-    if len(twice):
-        raise ValueError(f"the price table has column {twice[0]!r} twice")
-    if prices.empty:
-        raise ValueError("the price table is empty")
+    check_columns(prices)
     table = prices[TABLE_COLUMNS].reset_index(drop=True)
     nameless = table["ticker"].isna() | table["ticker"].astype(str).str.strip().eq("")
     if nameless.any():
@@ -61,6 +54,18 @@ def validate_prices(prices: pd.DataFrame) -> pd.DataFrame:
     _check_order(table)
     _check_bars(table)
     return table
+
+
+def check_columns(prices: pd.DataFrame) -> None:
+    """Refuses a table without the columns of bars, with one of them twice, or without rows."""
+    missing = [column for column in TABLE_COLUMNS if column not in prices.columns]
+    if missing:
+        raise ValueError(f"the price table has no column {missing[0]!r}; it has {', '.join(map(str, prices.columns))}")
+    twice = prices.columns[prices.columns.duplicated()].intersection([*TABLE_COLUMNS, "adj_close"])
+    if len(twice):
+        raise ValueError(f"the price table has column {twice[0]!r} twice")
+    if prices.empty:
+        raise ValueError("the price table is empty")
 
 
 def parse_dates(dates: pd.Series) -> pd.Series:
@@ -125,13 +130,20 @@ def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, complaint: str) ->
 
 
 @lru_cache(maxsize=8)
-def _sessions(calendar: str, start: str, end: str) -> np.ndarray:
+def exchange_calendar(calendar: str, first_year: int, last_year: int):
+    """The `exchange_calendars` calendar of whole years, so that repeated calls share one."""
     if exchange_calendars is None:
         raise ImportError("dates of a forecast need the trading calendar: pip install exchange_calendars")
     try:
-        return exchange_calendars.get_calendar(calendar, start=start, end=end).sessions.to_numpy()
+        return exchange_calendars.get_calendar(calendar, start=f"{first_year}-01-01", end=f"{last_year}-12-31")
     except exchange_calendars.errors.InvalidCalendarName as error:
         raise ValueError(f"calendar {calendar!r} is not known to exchange_calendars") from error
+
+
+def sessions_of_years(calendar: str, first: pd.Timestamp, last: pd.Timestamp) -> np.ndarray:
+    """All sessions of the years from that of `first` to that of `last`, datetime64[ns]."""
+    years = pd.Timestamp(first).year, pd.Timestamp(last).year
+    return exchange_calendar(calendar, *years).sessions.to_numpy("datetime64[ns]")
 
 
 def following_sessions(calendar: str, cutoffs: pd.Series, horizons: list[int]) -> np.ndarray:
@@ -147,9 +159,7 @@ def following_sessions(calendar: str, cutoffs: pd.Series, horizons: list[int]) -
     """
     # 2.5 calendar days a session and two weeks hold the horizon on any exchange (the NYSE averages 1.45).
     reach = pd.Timedelta(days=int(2.5 * max(horizons)) + 14)
-    start, end = cutoffs.min() - pd.Timedelta(days=14), cutoffs.max() + reach
-    # Whole years, so that repeated calls share one calendar.
-    sessions = _sessions(calendar, f"{start.year}-01-01", f"{end.year}-12-31").astype("datetime64[ns]")
+    sessions = sessions_of_years(calendar, cutoffs.min() - pd.Timedelta(days=14), cutoffs.max() + reach)
     first = np.searchsorted(sessions, cutoffs.to_numpy("datetime64[ns]"), side="right")
     return sessions[first[:, None] + np.asarray(horizons)[None, :] - 1]
 
@@ -179,8 +189,7 @@ class EncodedSeries(NamedTuple):
 def with_missing_sessions(series: EncodedSeries, calendar: str) -> EncodedSeries:
     """Gives a ticker a masked step for every session of the calendar between its bars that it has no bar of."""
     first, last = series.dates[0], series.dates[-1]
-    years = [str(date.astype("datetime64[Y]")) for date in (first, last)]
-    sessions = _sessions(calendar, f"{years[0]}-01-01", f"{years[1]}-12-31").astype("datetime64[ns]")
+    sessions = sessions_of_years(calendar, first, last)
     dates = np.union1d(series.dates, sessions[(sessions > first) & (sessions < last)])
     if len(dates) == len(series.dates):
         return series

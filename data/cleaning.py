@@ -21,15 +21,23 @@ The steps of `clean`, in order, and what each does. Kinds are the keys of `KINDS
 Nothing done to a row depends on later days, except by `drop_bad_prints`, which says so.
 """
 
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import exchange_calendars
 import numpy as np
 import pandas as pd
 
-from spaceexploreai.data.prices import adjust
-from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, parse_date, parse_dates
+from spaceexploreai.data.prices import SAMPLE_PATH, adjust, parse_tickers, read_raw
+from spaceexploreai.feature_extraction_spaceexplore import (
+    PRICE_COLUMNS,
+    TABLE_COLUMNS,
+    check_columns,
+    exchange_calendar,
+    parse_date,
+    parse_dates,
+    sessions_of_years,
+)
 
 OHLC_TOLERANCE = 0.005  # of the price; a vendor's rounding or a late correction, not another day's price
 LARGE_RETURN, HUGE_RETURN = 0.5, 1.0  # absolute log-returns
@@ -131,6 +139,12 @@ class CleaningReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"counts": self.counts, "removed": self.removed, "added": self.added}
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "CleaningReport":
+        """What `to_dict` wrote."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__}
+        return cls(**known | {"findings": [Finding(**one) for one in fields["findings"]]})
+
     def to_frame(self) -> pd.DataFrame:
         """One row per example: `kind, action, count, ticker, date, was, became`."""
         columns = ["kind", "action", "count", "ticker", "date", "was", "became"]
@@ -207,14 +221,14 @@ def clean(
         ValueError: a missing column, an empty table, no usable bar, a table of another calendar; when strict, the
             first defect. Names ticker, date and value.
     """
-    _check_columns(bars)
+    check_columns(bars)
     bars = bars.reset_index(drop=True)
     report = CleaningReport(calendar, len(bars))
     notes = _Notes(report, strict, examples)
     seen = _read_dates(_read_tickers(bars, notes), bars, calendar, today, notes)
     table = _read_numbers(_refuse_nothing_left(seen, notes), bars, fill, notes)
     table = _one_a_day(_sort(_contain(table, notes), notes), notes)
-    sessions = _sessions(calendar, seen)
+    sessions = sessions_of_years(calendar, seen["date"].min(), seen["date"].max())
     table = _drop_closed_days(table, sessions, calendar, notes)
     table = _handle_bad_prints(table, drop_bad_prints, notes)
     table = _handle_events(_refuse_nothing_left(table, notes), fill, notes)
@@ -230,15 +244,29 @@ def clean(
     return table, report
 
 
-def _check_columns(bars: pd.DataFrame) -> None:
-    absent = [column for column in TABLE_COLUMNS if column not in bars.columns]
-    if absent:
-        raise ValueError(f"the price table has no column {absent[0]!r}; it has {', '.join(map(str, bars.columns))}")
-    twice = bars.columns[bars.columns.duplicated()].intersection([*TABLE_COLUMNS, "adj_close"])
-    if len(twice):
-        raise ValueError(f"the price table has column {twice[0]!r} twice")
-    if bars.empty:
-        raise ValueError("the price table is empty")
+def read_clean(
+    path: str | None = None,
+    tickers: str | None = None,
+    calendar: str = "XNYS",
+    strict: bool = False,
+    fill: bool = False,
+) -> tuple[pd.DataFrame, CleaningReport]:
+    """Reads and cleans what a command line names.
+
+    Args:
+        path: file or folder, see `prices.read_raw`; the embedded sample by default.
+        tickers: comma-separated, see `prices.parse_tickers`; all by default.
+        calendar, strict, fill: of `clean`.
+    """
+    names = None if tickers is None else parse_tickers(tickers)
+    return clean(read_raw(SAMPLE_PATH if path is None else path, names), calendar, strict, fill)
+
+
+def load_prices(*args, **options) -> pd.DataFrame:
+    """`read_clean` for the command lines: prints the report to standard error, returns the table."""
+    table, report = read_clean(*args, **options)
+    print(report, file=sys.stderr)
+    return table
 
 
 # --- tickers and dates ---
@@ -262,7 +290,7 @@ def _read_tickers(bars: pd.DataFrame, notes: _Notes) -> pd.DataFrame:
 
 
 def _read_dates(table: pd.DataFrame, bars: pd.DataFrame, calendar: str, today, notes: _Notes) -> pd.DataFrame:
-    zone = _calendar(calendar, "2020-01-01", "2020-12-31").tz
+    zone = exchange_calendar(calendar, 2020, 2020).tz
     today = pd.Timestamp.now(zone).tz_localize(None) if today is None else parse_date(today)
     raw = bars["date"].loc[table.index]
     written, days = _trading_days(raw, zone)
@@ -392,23 +420,14 @@ def _one_a_day(table: pd.DataFrame, notes: _Notes) -> pd.DataFrame:
     return table.iloc[stays]
 
 
-def _calendar(calendar: str, start: str, end: str) -> exchange_calendars.ExchangeCalendar:
-    try:
-        return exchange_calendars.get_calendar(calendar, start=start, end=end)
-    except exchange_calendars.errors.InvalidCalendarName as error:
-        raise ValueError(f"calendar {calendar!r} is not known to exchange_calendars") from error
-
-
-def _sessions(calendar: str, table: pd.DataFrame) -> np.ndarray:
-    start, end = table["date"].min(), table["date"].max()
-    # Whole years: a table of a single weekend has no session of its own.
-    return _calendar(calendar, f"{start.year}-01-01", f"{end.year}-12-31").sessions.to_numpy("datetime64[ns]")
-
-
 def _refuse_nothing_left(table: pd.DataFrame, notes: _Notes) -> pd.DataFrame:
     if table.empty:
         first = next((one for one in notes.report.findings if one.action in REMOVALS), None)
-        why = "" if first is None else f"; the first without: {first.kind}, {KINDS[first.kind]}"
+        why = (
+            ""
+            if first is None
+            else f"; the first lost: {' '.join(map(_case, first.examples[:1]))} {KINDS[first.kind]}"
+        )
         raise ValueError(f"no usable bar in {notes.report.rows_in:,} rows{why}")
     return table
 

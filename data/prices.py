@@ -55,18 +55,35 @@ def _check_known(tickers: Sequence[str] | None, available: Sequence[str], path: 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load_prices(path: str | None, tickers: str | None) -> pd.DataFrame:
-    """What a command line's `--prices` and `--tickers` name: see `read_prices`, `parse_tickers`; else the sample."""
-    return read_prices(SAMPLE_PATH if path is None else path, None if tickers is None else parse_tickers(tickers))
-
-
 def read_sample(tickers: Sequence[str] | None = None) -> pd.DataFrame:
     """Reads the embedded sample (AAPL, FB, GOOG, IBM, MSFT, 2000-03-01 to 2013-03-01), adjusted; see `read_prices`."""
     return read_prices(SAMPLE_PATH, tickers)
 
 
 def read_prices(path: str | os.PathLike, tickers: Sequence[str] | None = None) -> pd.DataFrame:
-    """Reads daily bars into the canonical table, adjusted where the file has an adjusted close.
+    """Reads faultless daily bars into the canonical table, adjusted where the file has an adjusted close.
+
+    Args:
+        path: see `read_raw`.
+        tickers: the tickers to read; all by default.
+
+    Returns:
+        DataFrame `ticker, date, open, high, low, close, volume` as `validate_prices` gives it; see `adjust`.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        ValueError: as `read_raw`, or a value that cannot be a daily bar; `cleaning.clean` repairs those.
+    """
+    bars = read_raw(path, tickers)
+    nameless = bars["ticker"].isna() | (bars["ticker"] == "")
+    if nameless.any():
+        raise ValueError(f"{path} has a row without a ticker, dated {str(bars['date'][nameless.idxmax()])!r}")
+    bars["date"] = _parse_dates(bars, path)
+    return adjust(bars) if "adj_close" in bars else validate_prices(bars)
+
+
+def read_raw(path: str | os.PathLike, tickers: Sequence[str] | None = None) -> pd.DataFrame:
+    """Reads daily bars as a file has them.
 
     Args:
         path: a long table (`.parquet`, `.csv` or `.csv.gz`) with columns `ticker, date, open, high, low, close,
@@ -76,11 +93,11 @@ def read_prices(path: str | os.PathLike, tickers: Sequence[str] | None = None) -
         tickers: the tickers to read; all by default.
 
     Returns:
-        DataFrame `ticker, date, open, high, low, close, volume` as `validate_prices` gives it; see `adjust`.
+        DataFrame `ticker, date, open, high, low, close, volume[, adj_close]`, values and order of the file.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: an unreadable file, an unknown ticker, a missing column, or a value that cannot be a daily bar.
+        ValueError: an unreadable or empty file, an unknown ticker, a missing column.
     """
     path = Path(path)
     if not path.exists():
@@ -89,15 +106,7 @@ def read_prices(path: str | os.PathLike, tickers: Sequence[str] | None = None) -
         raise ValueError("the list of tickers is empty")
     if path.is_dir():
         return _read_yahoo(path, tickers)
-    return _canonical(_read_file(path, TABLE_COLUMNS, tickers), path)
-
-
-def _canonical(bars: pd.DataFrame, path: Path) -> pd.DataFrame:
-    nameless = bars["ticker"].isna() | (bars["ticker"] == "")
-    if nameless.any():
-        raise ValueError(f"{path} has a row without a ticker, dated {str(bars['date'][nameless.idxmax()])!r}")
-    bars["date"] = _parse_dates(bars, path)
-    return adjust(bars) if "adj_close" in bars else validate_prices(bars)
+    return _read_file(path, TABLE_COLUMNS, tickers)
 
 
 def _read_file(path: Path, required: Sequence[str], tickers: Sequence[str] | None = None) -> pd.DataFrame:
@@ -177,7 +186,11 @@ def _read_yahoo(path: Path, tickers: Sequence[str] | None) -> pd.DataFrame:
     files = _yahoo_files(path)
     _check_known(tickers, list(files), path)
     wanted = sorted(files if tickers is None else set(tickers))
-    return pd.concat([_read_yahoo_file(files[ticker], ticker) for ticker in wanted], ignore_index=True)
+    tables = [_read_yahoo_file(files[ticker], ticker) for ticker in wanted]
+    if any("adj_close" in bars for bars in tables):
+        # A file without it is adjusted already.
+        tables = [bars if "adj_close" in bars else bars.assign(adj_close=bars["close"]) for bars in tables]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _yahoo_files(path: Path) -> dict[str, Path]:
@@ -203,7 +216,7 @@ def _read_yahoo_file(path: Path, ticker: str) -> pd.DataFrame:
     if "ticker" in bars and (bars["ticker"] != ticker).any():
         other = bars["ticker"][bars["ticker"] != ticker].iloc[0]
         raise ValueError(f"{path} has rows of {other!r} in the folder of {ticker!r}")
-    return _canonical(bars.assign(ticker=ticker), path)
+    return bars.assign(ticker=ticker)
 
 
 # --- adjustment ------------------------------------------------------------------------------------------------------

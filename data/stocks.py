@@ -39,8 +39,10 @@ from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import Table as ArrowTable
 from torch.utils.data import Dataset as TorchDataset
+from transformers.utils import FEATURE_EXTRACTOR_NAME, cached_file
 
-from spaceexploreai.data.prices import SAMPLE_PATH, load_prices, parse_tickers
+from spaceexploreai.data.cleaning import CleaningReport, read_clean
+from spaceexploreai.data.prices import SAMPLE_PATH, parse_tickers
 from spaceexploreai.data.windows import (
     IGNORE_INDEX,
     TARGETS,
@@ -57,7 +59,7 @@ from spaceexploreai.feature_extraction_spaceexplore import (
     EncodedSeries,
     SpaceExploreFeatureExtractor,
 )
-from spaceexploreai.indicators_spaceexplore import INDICATORS
+from spaceexploreai.indicators_spaceexplore import INDICATORS, select_features
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
 # With 20 years of 64 features, 20 MB: what a stream holds at a time.
@@ -83,9 +85,12 @@ class StocksConfig(BuilderConfig):
     Args:
         prices: price table or folder (see `read_prices`); the embedded sample by default.
         tickers: comma-separated; all by default.
-        extractor: folder with a `preprocessor_config.json` whose columns, context_length and, if it has any,
-            statistics to keep, such as the checkpoint the dataset is for; by default a new extractor is fitted.
-        normalization, context_length: of a new extractor.
+        strict, fill: of `cleaning.clean`.
+        extractor: folder or Hub repository with a `preprocessor_config.json` whose columns, context_length, calendar
+            and, if it has any, statistics to keep, such as the checkpoint the dataset is for; by default a new
+            extractor is fitted.
+        feature_groups: comma-separated, see `select_features`, of a new extractor.
+        normalization, context_length, calendar: of a new extractor.
         horizons: bars ahead; the longest is the purge between splits and the length of preference paths.
         validation_fraction, test_fraction: of the dates.
         target: what the labels are, of `TARGETS`.
@@ -97,7 +102,11 @@ class StocksConfig(BuilderConfig):
 
     prices: str | None = None
     tickers: str | None = None
+    strict: bool = False
+    fill: bool = False
     extractor: str | None = None
+    feature_groups: str = "default"
+    calendar: str = "XNYS"
     normalization: str = "robust"
     context_length: int = 64
     horizons: tuple[int, ...] = (1, 2, 5, 10)
@@ -112,7 +121,12 @@ class StocksConfig(BuilderConfig):
     def make_extractor(self) -> SpaceExploreFeatureExtractor:
         if self.extractor is not None:
             return SpaceExploreFeatureExtractor.from_pretrained(self.extractor)
-        return SpaceExploreFeatureExtractor(normalization=self.normalization, context_length=self.context_length)
+        return SpaceExploreFeatureExtractor(
+            feature_names=select_features(self.feature_groups.split(",")),
+            normalization=self.normalization,
+            context_length=self.context_length,
+            calendar=self.calendar,
+        )
 
     def check(self) -> None:
         if list(self.horizons) != sorted(set(self.horizons)) or not self.horizons or self.horizons[0] < 1:
@@ -129,7 +143,7 @@ class StocksConfig(BuilderConfig):
             raise ValueError(f"margin must be at least 0, got {self.margin}")
 
 
-READS = {"indicators": ("prices", "tickers", "extractor")}
+READS = {"indicators": ("prices", "tickers", "strict", "fill", "extractor", "feature_groups", "calendar")}
 READS["series"] = (
     *READS["indicators"],
     *("normalization", "context_length", "horizons", "target", "validation_fraction", "test_fraction"),
@@ -159,11 +173,18 @@ def fingerprint(prices: str | None, extractor: str | None = None) -> str:
     if not raw.exists():
         raise FileNotFoundError(f"no such file or directory: {raw}")
     roots = [*source_files(), *(sorted(raw.rglob("*.csv")) if raw.is_dir() else [raw])]
-    roots += [] if extractor is None else [Path(extractor, "preprocessor_config.json")]
+    roots += [] if extractor is None else [extractor_file(extractor)]
     for path in roots:
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def extractor_file(extractor: str) -> Path:
+    try:
+        return Path(cached_file(extractor, FEATURE_EXTRACTOR_NAME))
+    except OSError as error:
+        raise OSError(f"cannot read the extractor of {extractor}: {error}") from error
 
 
 # --- the builder -----------------------------------------------------------------------------------------------------
@@ -184,9 +205,12 @@ class Stocks(ArrowBasedBuilder):
     def __init__(self, *args, hash: str | None = None, **kwargs):
         if kwargs.get("horizons") is not None:
             kwargs["horizons"] = tuple(kwargs["horizons"])
+        # What is given in vain must not make another key.
+        kwargs = {name: value for name, value in kwargs.items() if value != getattr(StocksConfig, name, ...)}
         hash = hash or fingerprint(kwargs.get("prices"), kwargs.get("extractor"))
         super().__init__(*args, hash=hash, **kwargs)
         self.config.check()
+        self.beside = {}  # JSON files of a stage
         self._writer_batch_size = rows_per_batch(self.config.name)
 
     def _info(self) -> DatasetInfo:
@@ -211,17 +235,19 @@ class Stocks(ArrowBasedBuilder):
 
     @property
     def metadata(self) -> dict:
-        """Horizons, target and the dates of each split; known once the series are prepared."""
-        return json.loads(Path(self._series_folder, METADATA_NAME).read_text(encoding="utf-8"))
+        """Horizons, target, the dates of each split and the report of cleaning; known once the series are prepared."""
+        return self._metadata("series")
+
+    def _metadata(self, name: str) -> dict:
+        return json.loads(Path(self._folder(name), METADATA_NAME).read_text(encoding="utf-8"))
 
     @property
     def extractor(self) -> SpaceExploreFeatureExtractor:
         """The extractor with the statistics that the series were normalised by."""
-        return SpaceExploreFeatureExtractor.from_pretrained(self._series_folder)
+        return SpaceExploreFeatureExtractor.from_pretrained(self._folder("series"))
 
-    @property
-    def _series_folder(self) -> str:
-        return (self if self.config.name == "series" else self.earlier("series")).cache_dir
+    def _folder(self, name: str) -> str:
+        return (self if self.config.name == name else self.earlier(name)).cache_dir
 
     def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
         """As the base class; the configurations before this one are made by as many processes."""
@@ -238,11 +264,8 @@ class Stocks(ArrowBasedBuilder):
         empty = [name for name, split in self.info.splits.items() if not split.num_examples]
         if empty:
             raise ValueError(f"the {empty[0]} split of {self.config.name} is empty: too few dates or tickers")
-        if self.config.name == "series":
-            extractor, split = self.fitted
-            # Not save_pretrained, which adds code.
-            extractor.to_json_file(Path(self._output_dir, "preprocessor_config.json"))
-            Path(self._output_dir, METADATA_NAME).write_text(json.dumps(describe(self.config, split), indent=2) + "\n")
+        for name, content in self.beside.items():
+            Path(self._output_dir, name).write_text(json.dumps(content, indent=2) + "\n")
 
     def _split_generators(self, dl_manager) -> list[SplitGenerator]:
         splits = STAGES[self.config.name].splits(self)
@@ -293,7 +316,10 @@ def indicator_columns(num_features: int, num_horizons: int) -> Features:
 
 
 def indicator_splits(builder: Stocks) -> dict[str, dict]:
-    prices = load_prices(builder.config.prices, builder.config.tickers)
+    config = builder.config
+    calendar = config.make_extractor().calendar
+    prices, report = read_clean(config.prices, config.tickers, calendar, config.strict, config.fill)
+    builder.beside[METADATA_NAME] = {"cleaning": report.to_dict()}
     bars = [frame for _, frame in prices.groupby("ticker", sort=False)]
     # Columns of the panel need all tickers at once; then neither memory nor processes can be saved.
     names = builder.config.make_extractor().feature_names
@@ -365,7 +391,9 @@ def series_splits(builder: Stocks) -> dict[str, dict]:
         calendar_of(indicators), config.horizons[-1], config.validation_fraction, config.test_fraction
     )
     extractor = fitted_extractor(config, indicators, split.train)
-    builder.fitted = extractor, split
+    # Not save_pretrained, which adds code.
+    builder.beside[FEATURE_EXTRACTOR_NAME] = extractor.to_dict()
+    builder.beside[METADATA_NAME] = {**describe(config, split), **builder._metadata("indicators")}
     lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in indicators.data["dates"].chunks])
     rows = list(enumerate(np.flatnonzero(lengths > VOLATILITY_BARS).tolist()))
     if not rows:
@@ -558,6 +586,64 @@ def open_windows(series: Dataset, windows: Dataset) -> StoredWindows:
 
 def rows_of(windows: pa.Table) -> np.ndarray:
     return np.stack([windows[name].to_numpy() for name in WINDOW], axis=1)
+
+
+class StockData(NamedTuple):
+    """A dataset to train from."""
+
+    extractor: SpaceExploreFeatureExtractor
+    horizons: list[int]
+    target: str
+    split: Split
+    cleaning: CleaningReport
+    fingerprint: str
+    train: StoredWindows
+    validation: StoredWindows
+
+
+def build_stocks(**options) -> StockData:
+    """Builds, or finds in the cache, what `StocksConfig` describes."""
+    builder = Stocks(config_name="sft", **options)
+    builder.download_and_prepare()
+    metadata = {**builder.metadata, "fingerprint": builder.hash}
+    return _stock_data(builder.extractor, metadata, builder.series, builder.as_dataset())
+
+
+def open_extractor(folder: str) -> SpaceExploreFeatureExtractor:
+    """The extractor of a folder that `scripts/build_dataset.py` wrote.
+
+    Raises:
+        ValueError: it is no such folder, or has no windows.
+    """
+    if not Path(folder, METADATA_NAME).is_file() or not Path(folder, "sft").is_dir():
+        raise ValueError(f"{folder} is no dataset of scripts/build_dataset.py with windows (--config sft)")
+    return SpaceExploreFeatureExtractor.from_pretrained(folder)
+
+
+def open_stocks(folder: str) -> StockData:
+    """Opens a folder that `scripts/build_dataset.py` wrote; raises as `open_extractor`."""
+    extractor = open_extractor(folder)
+    metadata = json.loads(Path(folder, METADATA_NAME).read_text(encoding="utf-8"))
+    windows = {name: _read_shards(folder, "sft", name) for name in ("train", "validation")}
+    return _stock_data(extractor, metadata, _read_shards(folder, "series", HISTORY), windows)
+
+
+def _read_shards(folder: str, name: str, split: str) -> Dataset:
+    return Dataset.from_parquet([str(path) for path in sorted(Path(folder, name).glob(f"{split}-*"))], split=split)
+
+
+def _stock_data(
+    extractor: SpaceExploreFeatureExtractor, metadata: dict, series: Dataset, windows: dict[str, Dataset]
+) -> StockData:
+    return StockData(
+        extractor,
+        metadata["horizons"],
+        metadata["target"],
+        date_ranges(metadata),
+        CleaningReport.from_dict(metadata["cleaning"]),
+        metadata["fingerprint"],
+        *(open_windows(series, windows[name]) for name in ("train", "validation")),
+    )
 
 
 # --- streaming -------------------------------------------------------------------------------------------------------

@@ -2,19 +2,24 @@
 
     python scripts/build_dataset.py --prices FILE_OR_DIR [--tickers AAPL,MSFT] [--config sft|dpo|all] [--num-proc N]
         [--universe nasdaq100] [--output-dir DIR] [--push-to-hub REPO --private]
+        [--cluster ADDRESS|local:N]
 
 Writes DIR/{series,sft,dpo}/*.parquet, README.md, preprocessor_config.json and stocks.json, whole or not at all.
 `load_dataset(DIR, "sft")` reads it where this package is not installed. What was computed is kept in the cache of
-`datasets` and used again until an option, the code or the prices change.
+`datasets` and used again until an option, the code or the prices change. With `--cluster` the same folder is made by
+the workers of a Dask cluster, a few tickers at a time, without that cache: see `data/cluster.py`.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,11 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
+from spaceexploreai.data.cleaning import CleaningReport
+from spaceexploreai.data.cluster import build_folder, connect, write_file
 from spaceexploreai.data.download import read_tickers_file, read_universe
 from spaceexploreai.data.stocks import (
     HISTORY,
@@ -31,15 +40,15 @@ from spaceexploreai.data.stocks import (
     TICKERS_PER_BATCH,
     Stocks,
     StocksConfig,
-    rows_per_batch,
 )
 from spaceexploreai.data.windows import Split
+from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.train.arguments import command, make_parser
 
 # A file of series of 20 years and 64 features then has some 60 MB, and one of windows the windows of its tickers.
 TICKERS_PER_FILE = 64
 SIMPLE_OPTIONS = (
-    *("normalization", "context_length", "validation_fraction", "test_fraction"),
+    *("feature_groups", "normalization", "calendar", "context_length", "validation_fraction", "test_fraction"),
     *("stride", "target", "margin", "seed"),
 )
 SPLITS = {"series": (HISTORY,), "sft": Split._fields, "dpo": Split._fields}
@@ -134,7 +143,9 @@ def make_build_parser() -> argparse.ArgumentParser:
     for name in SIMPLE_OPTIONS:
         default = getattr(StocksConfig, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"default: {default}")
-    parser.add_argument("--num-proc", type=int, help="processes; one by default")
+    machines = parser.add_mutually_exclusive_group()
+    machines.add_argument("--num-proc", type=int, help="processes; one by default")
+    machines.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, or local[:N] for N workers here")
     parser.add_argument("--licence", help="sentence of the card about the prices' licence")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this dataset repository")
     parser.add_argument("--private", action="store_true", help="make that repository private")
@@ -174,16 +185,41 @@ def build(names: tuple[str, ...], options: dict, num_proc: int | None = None) ->
     return builders
 
 
-def write_folder(folder: Path, builders: dict[str, Stocks], licence: str) -> None:
-    """Writes all files of a published dataset, whole or not at all."""
-    series = builders["series"]
+def write_folder(folder: Path, fill: Callable[[Path], None], config: StocksConfig, licence: str) -> None:
+    """Writes all files of a published dataset, whole or not at all.
+
+    Args:
+        fill: writes all but the card into a folder.
+        config: with the options of all configurations.
+    """
     with whole_folder(folder) as temporary:
-        for name, builder in builders.items():
-            for split, dataset in builder.as_dataset().items():
-                write_shards(dataset, temporary / name, split, len(series.series))
-        (temporary / METADATA_NAME).write_text(json.dumps(series.metadata, indent=2) + "\n", encoding="utf-8")
-        series.extractor.to_json_file(temporary / "preprocessor_config.json")
-        (temporary / "README.md").write_text(write_card(builders, licence), encoding="utf-8")
+        fill(temporary)
+        metadata = {**read_metadata(temporary), "fingerprint": fingerprint_of(temporary)}
+        (temporary / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(write_card(temporary, config, licence), encoding="utf-8")
+
+
+def fill_by_cluster(cluster: str, config: StocksConfig, names: tuple[str, ...], folder: Path) -> None:
+    with connect(cluster) as client:
+        build_folder(client, config, names, folder, TICKERS_PER_FILE)
+
+
+def fill_from_cache(builders: dict[str, Stocks], folder: Path) -> None:
+    series = builders["series"]
+    for name, builder in builders.items():
+        for split, dataset in builder.as_dataset().items():
+            write_shards(dataset, folder / name, split, len(series.series))
+    (folder / METADATA_NAME).write_text(json.dumps(series.metadata, indent=2) + "\n", encoding="utf-8")
+    series.extractor.to_json_file(folder / "preprocessor_config.json")
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Changes with every byte of the dataset."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.parquet")):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -212,55 +248,65 @@ def check_folder(folder: Path) -> None:
 
 def write_shards(dataset: Dataset, folder: Path, split: str, tickers: int) -> None:
     """Writes one file per `TICKERS_PER_FILE` tickers, the same ones in file n of every configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
     count = -(-tickers // TICKERS_PER_FILE)
     bounds = np.searchsorted(dataset.data["series"].to_numpy(), np.arange(count + 1) * TICKERS_PER_FILE)
     arrow = dataset.with_format("arrow")
     for shard, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         # With the metadata that tells `load_dataset` the lengths of lists.
         table = arrow[start:stop].replace_schema_metadata(dataset.features.arrow_schema.metadata)
-        path = folder / f"{split}-{shard:05d}-of-{count:05d}.parquet"
-        pq.write_table(table, path, row_group_size=rows_per_batch(folder.name), compression="zstd")
+        write_file(table, folder, split, shard, count)
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
-def write_card(builders: dict[str, Stocks], licence: str) -> str:
-    series = builders["series"]
-    source, extractor, config = series.config.prices, series.extractor, builders.get("dpo", series).config
-    contents = "\n".join(f"- `{name}`: {CONTENTS[name]}." for name in builders)
+def write_card(folder: Path, config: StocksConfig, licence: str) -> str:
+    extractor = SpaceExploreFeatureExtractor.from_pretrained(folder)
+    names = tuple(name for name in SPLITS if (folder / name).is_dir())
     body = CARD.format(
-        source="the embedded sample" if source is None else f"`{Path(source).name}`",
-        table="\n".join(count_rows(builders)),
-        contents=contents,
-        tickers=len(series.series),
+        source="the embedded sample" if config.prices is None else f"`{Path(config.prices).name}`",
+        table="\n".join(count_rows(folder)),
+        contents="\n".join(f"- `{name}`: {CONTENTS[name]}." for name in names),
+        tickers=rows_of_files(folder, "series", HISTORY),
         features=len(extractor.feature_names),
         normalization=extractor.normalization,
         horizons=list(config.horizons),
         target=config.target,
-        dpo=f"Pairs are at least {config.margin:g}·scale·√H apart." if "dpo" in builders else "",
+        dpo=f"Pairs are at least {config.margin:g}·scale·√H apart." if "dpo" in names else "",
         batch=TICKERS_PER_BATCH,
         pitfalls=PITFALLS,
         licence=licence,
     )
-    return f"---\n{yaml.safe_dump(card_metadata(tuple(builders)), sort_keys=False)}---\n\n{body}"
+    head = yaml.safe_dump(card_metadata(names, read_metadata(folder)["fingerprint"]), sort_keys=False)
+    return f"---\n{head}---\n\n{body}"
 
 
-def count_rows(builders: dict[str, Stocks]) -> Iterator[str]:
-    dates = builders["series"].metadata["splits"]
-    for name, builder in builders.items():
-        for split, info in builder.info.splits.items():
+def count_rows(folder: Path) -> Iterator[str]:
+    dates = read_metadata(folder)["splits"]
+    for name in SPLITS:
+        for split in SPLITS[name] if (folder / name).is_dir() else ():
             within = "training range" if name == "dpo" else " to ".join(dates.get(split, ["all"]))
-            yield f"| {name} | {split} | {info.num_examples:,} | {within} |"
+            yield f"| {name} | {split} | {rows_of_files(folder, name, split):,} | {within} |"
 
 
-def card_metadata(names: tuple[str, ...]) -> dict:
-    """What `load_dataset` and the Hub read at the top of the card."""
+def rows_of_files(folder: Path, name: str, split: str) -> int:
+    return sum(pq.read_metadata(file).num_rows for file in (folder / name).glob(f"{split}-*.parquet"))
+
+
+def read_metadata(folder: Path) -> dict:
+    return json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
+
+
+def card_metadata(names: tuple[str, ...], fingerprint: str) -> dict:
+    """What `load_dataset` and the Hub read at the top of the card.
+
+    `load_dataset` caches a local folder by its name and what is written here, whatever its files hold: without the
+    fingerprint it would go on giving the former dataset after a new one has been built.
+    """
     configs = []
     for name in names:
         files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in SPLITS[name]]
-        configs.append({"config_name": name, "data_files": files})
+        configs.append({"config_name": name, "description": fingerprint, "data_files": files})
     configs[names.index("sft" if "sft" in names else "dpo")]["default"] = True
     return {
         "license": "other",
@@ -273,28 +319,69 @@ def card_metadata(names: tuple[str, ...]) -> dict:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def push(folder: Path, repository: str, private: bool) -> None:
+@contextmanager
+def plain_hub_errors(repository: str) -> Iterator[None]:
+    """What fails on the way to the Hub is told as other mistakes are; what the Hub answers already is an `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except (HTTPError, RuntimeError) as error:  # no connection; an upload, which has the reason for its cause
+        reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason is not None)
+        raise ConnectionError(f"the push to {repository} failed: {' '.join(reasons)}") from error
+
+
+def check_push(repository: str) -> None:
+    """Refuses, before the work of building, what the Hub would refuse after it."""
+    validate_repo_id(repository)
     api = HfApi()
-    api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-    # With what an earlier upload had in more files.
-    delete = [f"{name}/*.parquet" for name in SPLITS]
-    api.upload_folder(folder_path=folder, repo_id=repository, repo_type="dataset", delete_patterns=delete)
+    with plain_hub_errors(repository):
+        account = api.whoami()
+        name = repository if "/" in repository else f"{account['name']}/{repository}"
+        with suppress(RepositoryNotFoundError):  # it will be created
+            api.auth_check(name, repo_type="dataset", write=True)
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise ValueError(f"{repository} needs a token that may write, that of {account['name']} may only read")
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Makes a dataset repository what the folder is, and returns its address."""
+    api = HfApi()
+    with plain_hub_errors(repository):
+        # Not False where --private is absent: that would make it public where the organisation's default is private.
+        url = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
+        if private:  # one that was there before may be public
+            api.update_repo_settings(url.repo_id, repo_type="dataset", private=True)
+        # With what an earlier upload had in more files.
+        delete = [f"{name}/*.parquet" for name in SPLITS]
+        api.upload_folder(folder_path=folder, repo_id=url.repo_id, repo_type="dataset", delete_patterns=delete)
+    return str(url)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = make_build_parser().parse_args(argv)
     check_folder(args.output_dir)
+    if args.push_to_hub is not None:
+        check_push(args.push_to_hub)
+    elif args.private:
+        raise ValueError("--private is about the repository of --push-to-hub, which is not given")
     names = ("series", *(("sft", "dpo") if args.config == "all" else (args.config,)))
-    builders = build(names, dataset_options(args), args.num_proc)
+    options = dataset_options(args)
+    config = StocksConfig(**options)
+    if args.cluster is not None:
+        fill = partial(fill_by_cluster, args.cluster, config, names[1:])
+    else:
+        fill = partial(fill_from_cache, build(names, options, args.num_proc))
     licence = args.licence or (SAMPLE_LICENCE if args.prices is None else UNKNOWN_LICENCE)
-    write_folder(args.output_dir, builders, licence)
-    for line in count_rows(builders):
+    write_folder(args.output_dir, fill, config, licence)
+    print(CleaningReport.from_dict(read_metadata(args.output_dir)["cleaning"]), file=sys.stderr)
+    for line in count_rows(args.output_dir):
         print(line.strip("| ").replace(" | ", "  "))
     print(f"wrote {args.output_dir}")
     if args.push_to_hub is not None:
-        push(args.output_dir, args.push_to_hub, args.private)
-        print(f"pushed to https://huggingface.co/datasets/{args.push_to_hub}")
+        print(f"pushed to {push(args.output_dir, args.push_to_hub, args.private)}")
 
 
 if __name__ == "__main__":

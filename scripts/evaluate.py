@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.data.prices import check_suffix, load_prices, write_atomically, write_table
+from spaceexploreai.data.cleaning import load_prices
+from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
 from spaceexploreai.data.windows import DateRange, forecast_windows
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import add_outcomes, format_scores, score
@@ -77,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     check_suffix(args.output, ".parquet", ".csv")
-    prices = load_prices(args.prices, args.tickers)
     model, extractor = load_checkpoint(args.model)
+    prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)
     forecasts = forecast_range(model, extractor, prices, within)
     scores = score(forecasts)

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.prices import check_suffix, load_prices, write_atomically, write_table
+from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import add_outcomes
 from spaceexploreai.evaluation.plots import plot_forecast
@@ -82,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         check_suffix(args.plot, ".png")
 
-    prices = load_prices(args.prices, args.tickers)
-    forecasts = forecast_newest(*load_checkpoint(args.model), prices, args.as_of)
+    model, extractor = load_checkpoint(args.model)
+    prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
+    forecasts = forecast_newest(model, extractor, prices, args.as_of)
     print(summarize(forecasts))
     if args.output:
         write_table(forecasts, args.output)

@@ -15,7 +15,8 @@ import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from spaceexploreai.data.prices import load_prices, write_atomically, write_table
+from spaceexploreai.data.cleaning import read_clean
+from spaceexploreai.data.prices import write_atomically, write_table
 from spaceexploreai.evaluation.metrics import format_scores, score
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range, write_metrics
@@ -28,7 +29,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
 
 def train_tiny(args: argparse.Namespace) -> Trainer:
     """Runs the tiny recipe; its checkpoints are scratch, only the best is kept."""
-    options = {"prices": args.prices, "tickers": args.tickers, "num_train_epochs": args.num_train_epochs}
+    options = {name: getattr(args, name) for name in ("prices", "tickers", "strict", "fill", "num_train_epochs")}
     argv = ["--config", str(RECIPE / "sft.yaml"), "--model_config", str(RECIPE / "config.json")]
     argv += ["--disable_tqdm", "false"]  # which would follow the library's verbosity
     for name, value in options.items():
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of weights being read and written, thousands a second
 
-    prices = load_prices(args.prices, args.tickers)
+    prices, _ = read_clean(args.prices, args.tickers, strict=args.strict, fill=args.fill)
     print(f"[1/3] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)
     trainer = train_tiny(args)
     save_checkpoint(trainer, args.output_dir / "model")

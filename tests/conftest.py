@@ -1,8 +1,12 @@
 """What several test files need: no network, small synthetic markets, one checkpoint trained for a few steps."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test that asks the Hub must fail at once
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before datasets is
 
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from spaceexploreai.data.prices import write_table
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.sft import save_checkpoint, train
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
 

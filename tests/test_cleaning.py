@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spaceexploreai.data.cleaning import KINDS, REFUSED, clean
+from spaceexploreai.data.cleaning import KINDS, REFUSED, CleaningReport, clean, load_prices
 from spaceexploreai.data.prices import SAMPLE_PATH, adjust, read_sample
 from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, validate_prices
 
@@ -776,3 +776,48 @@ def test_filled_table_has_every_session_of_each_life(bars):
         assert steps["date"].tolist() == expected.tolist()
     written = set(zip(bars["ticker"], bars["date"], strict=True))
     assert report.count("missing_session") == sum(key not in written for key in keyed(table))
+
+
+# --- what a command line names ---------------------------------------------------------------------------------------
+
+
+def bars_file(folder) -> str:
+    path = folder / "bars.csv"
+    pd.DataFrame(good_rows()).to_csv(path, index=False)
+    return str(path)
+
+
+def test_without_a_path_it_is_the_sample():
+    pd.testing.assert_frame_equal(load_prices(), read_sample())
+    pd.testing.assert_frame_equal(load_prices(tickers="msft, aapl"), read_sample(["AAPL", "MSFT"]))
+
+
+def test_a_file_is_cleaned_and_the_report_printed(tmp_path, capsys):
+    path = bars_file(tmp_path)
+    pd.testing.assert_frame_equal(load_prices(path), canonical(good_rows()))
+    pd.testing.assert_frame_equal(load_prices(path, "aaa,AAA"), canonical(good_rows()[: len(DAYS)]))
+    captured = capsys.readouterr()
+    assert "32 rows read, 0 removed, 0 added: 32 rows of 2 tickers" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("tickers", "named"),
+    [("", "no ticker in ''"), ("AAA,../x", "'../X' is not a ticker"), ("AAA,CCC", "unknown ticker 'CCC'")],
+)
+def test_tickers_that_are_none_are_refused(tmp_path, tickers, named):
+    with pytest.raises(ValueError, match=named) as error:
+        load_prices(bars_file(tmp_path), tickers)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        load_prices(str(tmp_path / "none.csv"))
+
+
+def test_a_report_comes_back_from_json():
+    rows = good_rows()
+    rows[3]["close"], rows[5]["volume"] = None, None
+    _, report = clean(pd.DataFrame(rows))
+    assert CleaningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report

@@ -20,10 +20,10 @@ from spaceexploreai.feature_extraction_spaceexplore import (
     TABLE_COLUMNS,
     VOLATILITY_BARS,
     SpaceExploreFeatureExtractor,
-    _sessions,
     cumulative_probability,
     following_sessions,
     quantile_columns,
+    sessions_of_years,
     validate_prices,
 )
 from spaceexploreai.indicators_spaceexplore import (
@@ -370,7 +370,9 @@ def test_encoded_series():
 def test_sessions_without_a_bar_are_masked_steps(lost):
     """Against a plain loop. The steps of the bars are those of a ticker that has no other sessions."""
     prices = make_prices(start="2021-07-07", AAA=100)  # no holiday to the end of August
-    prices = prices[prices["date"].isin(_sessions("XNYS", "2021-01-01", "2021-12-31"))].reset_index(drop=True)
+    prices = prices[
+        prices["date"].isin(sessions_of_years("XNYS", prices["date"].min(), prices["date"].max()))
+    ].reset_index(drop=True)
     lost = {day for day in lost if day < len(prices) - 1}
     halted = prices.drop(index=list(lost)).reset_index(drop=True)
     (series,), features = EXTRACTOR.encode(halted), EXTRACTOR.compute_features(halted)
@@ -393,7 +395,7 @@ def test_sessions_without_a_bar_are_masked_steps(lost):
 def test_a_bar_outside_of_the_sessions_is_a_step():
     """Of another exchange, or of a calendar that does not know better."""
     prices = make_prices(AAA=100)
-    assert not prices["date"].isin(_sessions("XNYS", "2020-01-01", "2020-12-31")).all()
+    assert not prices["date"].isin(sessions_of_years("XNYS", prices["date"].min(), prices["date"].max())).all()
     (series,) = EXTRACTOR.encode(prices)
     assert series.traded.all()
     assert len(series.dates) == 100 - VOLATILITY_BARS

@@ -16,7 +16,6 @@ from spaceexploreai.data.prices import (
     SAMPLE_PATH,
     adjust,
     check_suffix,
-    load_prices,
     parse_tickers,
     read_prices,
     read_sample,
@@ -172,37 +171,6 @@ def test_parse_tickers_refuses(text, named):
     with pytest.raises(ValueError, match=named) as error:
         parse_tickers(text)
     assert "\n" not in str(error.value)
-
-
-# --- what a command line names ---------------------------------------------------------------------------------------
-
-
-def test_load_prices_without_a_path_is_the_sample(sample):
-    pd.testing.assert_frame_equal(load_prices(None, None), sample)
-    pd.testing.assert_frame_equal(load_prices(None, "msft, aapl"), read_sample(["AAPL", "MSFT"]))
-
-
-def test_load_prices_of_a_path(tmp_path):
-    path = tmp_path / "bars.csv"
-    write_table(small_table(), path)
-    pd.testing.assert_frame_equal(load_prices(str(path), None), small_table())
-    pd.testing.assert_frame_equal(load_prices(str(path), "aaa,AAA"), small_table().iloc[:2])
-
-
-@pytest.mark.parametrize(
-    ("tickers", "named"),
-    [("", "no ticker in ''"), ("AAA,../x", "'../X' is not a ticker"), ("AAA,CCC", "unknown ticker 'CCC'")],
-)
-def test_load_prices_refuses_tickers(tmp_path, tickers, named):
-    write_table(small_table(), tmp_path / "bars.csv")
-    with pytest.raises(ValueError, match=named) as error:
-        load_prices(str(tmp_path / "bars.csv"), tickers)
-    assert "\n" not in str(error.value)
-
-
-def test_load_prices_names_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
-        load_prices(str(tmp_path / "none.csv"), None)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

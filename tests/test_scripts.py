@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import DateRange
-from spaceexploreai.scripts import draw_architecture, evaluate, forecast, quickstart
+from spaceexploreai.scripts import build_dataset, draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
 from spaceexploreai.train import sft
@@ -170,7 +172,7 @@ def csv_with(folder: Path, change) -> str:
     bars = pd.DataFrame(
         {
             "ticker": "T0",
-            "date": pd.bdate_range("2020-01-01", periods=120).strftime("%Y-%m-%d"),
+            "date": exchange_calendars.get_calendar("XNYS", start="2020-01-01").sessions[:120].strftime("%Y-%m-%d"),
             "open": 10.0,
             "high": 11.0,
             "low": 9.0,
@@ -188,22 +190,25 @@ def with_value(column, value):
 
 
 BROKEN_PRICES = {
-    "zero price": (with_value("close", 0.0), "T0 2020-03-25: close 0"),
-    "negative price": (with_value("low", -9.0), "T0 2020-03-25: low -9"),
-    "missing price": (with_value("open", None), "T0 2020-03-25: open nan"),
-    "infinite price": (with_value("high", "inf"), "T0 2020-03-25: high inf"),
+    "zero price": (with_value("close", 0.0), "T0 2020-03-30: close 0"),
+    "negative price": (with_value("low", -9.0), "T0 2020-03-30: low -9"),
+    "missing price": (with_value("open", None), "T0 2020-03-30: open nan"),
+    "infinite price": (with_value("high", "inf"), "T0 2020-03-30: high inf"),
     "text for a number": (with_value("close", "n/a?"), "n/a?"),
-    "high below low": (with_value("high", 8.0), "T0 2020-03-25: high 8"),
-    "close above high": (with_value("close", 99.0), "T0 2020-03-25: close 99"),
-    "open below low": (with_value("open", 1.0), "T0 2020-03-25: open 1"),
-    "negative volume": (with_value("volume", -5.0), "T0 2020-03-25: volume -5"),
+    "high below low": (with_value("high", 8.0), "T0 2020-03-30: open 10 high 8 low 9"),
+    "close above high": (with_value("close", 99.0), "T0 2020-03-30: open 10 high 11 low 9 close 99"),
+    "open below low": (with_value("open", 1.0), "T0 2020-03-30: open 1 "),
+    "negative volume": (with_value("volume", -5.0), "T0 2020-03-30: volume -5"),
     "no date": (with_value("date", "yesterday"), "yesterday"),
-    "repeated date": (with_value("date", "2020-03-24"), "2020-03-24"),
-    "unsorted dates": (lambda bars: bars.iloc[::-1], "T0 2020-06-15"),
-    "missing column": (lambda bars: bars.drop(columns="volume"), "'volume'"),
-    "empty table": (lambda bars: bars.iloc[:0], "broken.csv"),
+    "repeated date": (with_value("date", "2020-03-27"), "2020-03-27"),
+    "unsorted dates": (lambda bars: bars.iloc[::-1], "after 2020-06-23"),
+}
+TOO_FEW_PRICES = {
+    "none": (lambda bars: bars.iloc[:0], "broken.csv"),
     "one bar": (lambda bars: bars.iloc[:1], "T0 has 1 bars"),
     "history shorter than the context": (lambda bars: bars.iloc[:83], "T0 has 83 bars"),
+    "no price at all": (lambda bars: bars.assign(close="n/a?"), "close n/a?"),
+    "missing column": (lambda bars: bars.drop(columns="volume"), "'volume'"),
 }
 
 
@@ -226,11 +231,23 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("case", BROKEN_PRICES)
-def test_broken_prices_are_refused(refused, checkpoint, tmp_path, case):
+def test_broken_prices_are_repaired_with_a_count_or_refused(refused, checkpoint, tmp_path, capsys, case):
     change, named = BROKEN_PRICES[case]
     prices = csv_with(tmp_path, change)
     run = ["--model", str(checkpoint), "--prices", prices, "--output", "forecast.csv"]
-    assert named in refused(forecast.main, run)
+    assert named in refused(forecast.main, [*run, "--strict"])
+    forecast.main(run)
+    report = capsys.readouterr().err
+    assert named in report
+    assert re.search(r"\b(1 dropped|1 repaired|1 merged|119 repaired) ", report)
+    table = pd.read_csv("forecast.csv").drop(columns=["ticker", "cutoff", "date"])
+    assert np.isfinite(table.drop(columns="y")).all(axis=None)
+
+
+@pytest.mark.parametrize("case", TOO_FEW_PRICES)
+def test_too_few_prices_are_refused(refused, checkpoint, tmp_path, case):
+    change, named = TOO_FEW_PRICES[case]
+    assert named in refused(forecast.main, ["--model", str(checkpoint), "--prices", csv_with(tmp_path, change)])
 
 
 FORECAST_MISTAKES = {
@@ -286,6 +303,9 @@ TRAINING_MISTAKES = {
     "test range too short": (["--test_fraction", "0.001"], "horizon of 10 days"),
     "fraction beyond one": (["--validation_fraction", "1.5"], "1.5"),
     "text for a number": (["--learning_rate", "fast"], "fast"),
+    "two sources of data": (["--dataset", "some/dataset"], "some/dataset"),
+    "no such feature group": (["--feature_groups", "price,astrology"], "'astrology'"),
+    "no such calendar": (["--calendar", "XMARS"], "'XMARS'"),
     "two sources of weights": (["--model_name_or_path", "some/model"], "some/model"),
 }
 
@@ -295,6 +315,35 @@ def test_mistakes_of_training_are_refused(refused, market, tmp_path, case):
     options, named = TRAINING_MISTAKES[case]
     run = [] if "--config" in options else tiny_run(tmp_path / "model", "--prices", str(market))
     assert named in refused(sft.main, [*run, *options])
+
+
+DATASET_MISTAKES = {
+    "no folder": (lambda folder: shutil.rmtree(folder), {}, "is no dataset"),
+    "no windows": (lambda folder: shutil.rmtree(folder / "sft"), {}, "is no dataset"),
+    "other horizons": (lambda folder: None, {"horizons": [1, 2]}, "has log_return [1, 2, 5, 10]"),
+    "other target": (lambda folder: None, {"target": "volatility"}, "the network predicts volatility"),
+    "damaged": (lambda folder: next(folder.glob("series/*")).write_bytes(b"PAR1"), {}, "parquet"),
+}
+
+
+@pytest.mark.parametrize("case", DATASET_MISTAKES)
+def test_mistakes_of_a_dataset_are_refused(refused, market, tmp_path, case):
+    damage, fields, named = DATASET_MISTAKES[case]
+    folder = tmp_path / "stocks"
+    build_dataset.main(["--config", "sft", "--prices", str(market), "--output-dir", str(folder)])
+    damage(folder)
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((RECIPE / "config.json").read_text()), **fields}))
+    run = tiny_run(tmp_path / "model", "--dataset", str(folder), "--model_config", "config.json")
+    assert named.lower() in refused(sft.main, run).lower()
+
+
+def test_a_dataset_of_other_statistics_than_the_checkpoint_is_refused(refused, market, checkpoint, tmp_path):
+    folder = tmp_path / "stocks"
+    build_dataset.main(
+        ["--config", "sft", "--prices", str(market), "--normalization", "minmax", "--output-dir", str(folder)]
+    )
+    run = ["--dataset", str(folder), "--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "model")]
+    assert f"build it with --extractor {checkpoint}" in refused(sft.main, run)
 
 
 YAML_MISTAKES = {
@@ -352,5 +401,5 @@ def test_a_broken_table_in_parquet_is_refused(refused, checkpoint, market, tmp_p
     prices = read_prices(market)
     prices.loc[700, "high"] = prices.loc[700, "low"] / 2
     write_table(prices, tmp_path / "broken.parquet")
-    complaint = refused(forecast.main, ["--model", str(checkpoint), "--prices", "broken.parquet"])
-    assert f"T1 {prices.loc[700, 'date']:%Y-%m-%d}: high" in complaint
+    complaint = refused(forecast.main, ["--model", str(checkpoint), "--prices", "broken.parquet", "--strict"])
+    assert f"T1 {prices.loc[700, 'date']:%Y-%m-%d}: open" in complaint

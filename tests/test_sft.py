@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.data import windows
+from spaceexploreai.data import stocks
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import chronological_split, make_labels
 from spaceexploreai.evaluation.metrics import score
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
+from spaceexploreai.indicators_spaceexplore import select_features
+from spaceexploreai.scripts import build_dataset
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
 from spaceexploreai.train.arguments import parse_run
@@ -124,6 +126,32 @@ def test_training_continues_from_a_checkpoint_with_its_own_statistics(tmp_path, 
     assert trainer.state.global_step == 4
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, market) -> Path:
+    """The folder of a built dataset."""
+    folder = tmp_path_factory.mktemp("dataset") / "stocks"
+    build_dataset.main(["--config", "sft", "--prices", str(market), "--output-dir", str(folder)])
+    return folder
+
+
+def test_a_built_dataset_trains_as_the_prices_do(tmp_path, market, dataset):
+    run = tiny_run(tmp_path, "--logging_strategy", "steps", "--logging_steps", "1")
+    first, second = (
+        train(*parse_run([*run, *source])) for source in (["--prices", str(market)], ["--dataset", str(dataset)])
+    )
+    assert losses(first) == losses(second)
+    assert first.model.config.to_dict() == second.model.config.to_dict()
+    assert first.processing_class.to_dict() == second.processing_class.to_dict()
+
+
+def test_groups_of_features_are_what_the_network_takes(tmp_path, market):
+    (tmp_path / "config.json").write_text((RECIPE / "config.json").read_text())
+    options = ("--feature_groups", "price,volume", "--prices", str(market))
+    trainer = train(*parse_run(tiny_run(tmp_path, *options, "--model_config", str(tmp_path / "config.json"))))
+    assert trainer.processing_class.feature_names == select_features(["price", "volume"])
+    assert trainer.model.config.num_features == len(select_features(["price", "volume"])) != 64
+
+
 def test_a_planted_signal_is_found_out_of_sample(tmp_path):
     """Returns with autocorrelation 0.6: 36 % of the next day's variance can be known."""
     prices = make_market(tickers=4, days=1500, momentum=0.6)
@@ -151,7 +179,8 @@ def information_coefficients(prices: pd.DataFrame, folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_shuffled_labels_teach_nothing(tmp_path, monkeypatch, shuffled):
-    """The permuted-label null: an outcome that reaches the network by another way than its label would show here."""
+    """The permuted-label null. Any function of an input that knew the outcome would correlate with it, day by day; so
+    would one of yesterday's return where there is momentum, hence none in that market."""
     generator = np.random.default_rng(0)
 
     def shuffle(*args):
@@ -161,8 +190,8 @@ def test_shuffled_labels_teach_nothing(tmp_path, monkeypatch, shuffled):
         return labels
 
     if shuffled:
-        monkeypatch.setattr(windows, "make_labels", shuffle)
-    found = information_coefficients(make_market(tickers=12, days=1000, momentum=0.6), tmp_path)
+        monkeypatch.setattr(stocks, "make_labels", shuffle)
+    found = information_coefficients(make_market(12, days=1000, momentum=0.0 if shuffled else 0.6), tmp_path)
     t = found.mean() / (found.std(ddof=1) / len(found) ** 0.5)
     assert abs(t) < 3 if shuffled else t > 10
 

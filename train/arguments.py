@@ -21,12 +21,22 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "folder of scripts/build_dataset.py, in which all that follows was decided"},
+    )
     prices: str | None = field(
         default=None,
         metadata={"help": "folder of Yahoo-style CSVs, .parquet or .csv table; the embedded sample by default"},
     )
     tickers: str | None = field(default=None, metadata={"help": "comma-separated tickers; all by default"})
     context_length: int = field(default=64, metadata={"help": "bars of a window"})
+    calendar: str = field(default="XNYS", metadata={"help": "exchange_calendars code of the exchange"})
+    strict: bool = field(default=False, metadata={"help": "refuse prices that would need a repair"})
+    fill: bool = field(default=False, metadata={"help": "invent bars for missing sessions instead of masking them"})
+    feature_groups: str = field(
+        default="default", metadata={"help": "comma-separated groups of docs/indicators.md, or all"}
+    )
     stride: int = field(default=16, metadata={"help": "bars between windows"})
     normalization: str = field(default="robust", metadata={"help": "robust, standard or minmax"})
     validation_fraction: float = field(default=0.1, metadata={"help": "share of the dates for choosing"})
@@ -39,6 +49,8 @@ class DataArguments:
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be within (0, 1), got {getattr(self, name)}")
+        if self.dataset is not None and (self.prices or self.tickers):
+            raise ValueError(f"prices and tickers are those of the dataset {self.dataset}: give one or the other")
 
 
 def parse_run(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -69,6 +81,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = bare_parser(description)
     parser.add_argument("--prices", help="folder of Yahoo-style CSVs, .parquet or .csv table; default: the sample")
     parser.add_argument("--tickers", help="comma-separated; all of the prices by default")
+    parser.add_argument("--strict", action="store_true", help="refuse prices that would need a repair")
+    parser.add_argument("--fill", action="store_true", help="invent bars for missing sessions, do not mask them")
     return parser
 
 

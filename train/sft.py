@@ -6,6 +6,7 @@ The output folder is a model repository: it loads with `trust_remote_code=True` 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,24 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.prices import load_prices
-from spaceexploreai.data.windows import Split, WindowDataset, chronological_split, supervised_windows
+from spaceexploreai.data.stocks import StockData, StocksConfig, StoredWindows, build_stocks, open_extractor, open_stocks
+from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.train.arguments import DataArguments, ModelArguments, command, parse_run
+
+
+def stocks_options(model_args: ModelArguments, data_args: DataArguments) -> dict:
+    """Options of the dataset, of `StocksConfig`. A checkpoint keeps its columns and their statistics."""
+    options = {name: value for name, value in vars(data_args).items() if name != "dataset"}
+    return {"extractor": model_args.model_name_or_path, **options}
+
+
+def make_extractor(model_args: ModelArguments, data_args: DataArguments) -> SpaceExploreFeatureExtractor:
+    """The columns of the data; their statistics need not be known yet."""
+    if data_args.dataset is not None:
+        return open_extractor(data_args.dataset)
+    return StocksConfig(**stocks_options(model_args, data_args)).make_extractor()
 
 
 def make_config(model_args: ModelArguments, extractor: SpaceExploreFeatureExtractor) -> SpaceExploreConfig:
@@ -40,15 +54,34 @@ def make_config(model_args: ModelArguments, extractor: SpaceExploreFeatureExtrac
     return config
 
 
-def make_extractor(model_args: ModelArguments, data_args: DataArguments) -> SpaceExploreFeatureExtractor:
-    """A checkpoint keeps its columns and their statistics; otherwise all columns, to be fitted."""
+def open_data(model_args: ModelArguments, data_args: DataArguments, config: SpaceExploreConfig) -> StockData:
+    """The windows to train on, built from prices or as somebody built them before."""
+    if data_args.dataset is None:
+        labels = {"horizons": list(config.horizons), "target": config.target}
+        return build_stocks(**stocks_options(model_args, data_args), **labels)
+    data = open_stocks(data_args.dataset)
+    if (data.horizons, data.target) != (list(config.horizons), config.target):
+        raise ValueError(
+            f"the network predicts {config.target} {list(config.horizons)} steps ahead, "
+            f"{data_args.dataset} has {data.target} {data.horizons} steps ahead"
+        )
     if model_args.model_name_or_path is not None:
-        return SpaceExploreFeatureExtractor.from_pretrained(model_args.model_name_or_path)
-    return SpaceExploreFeatureExtractor(normalization=data_args.normalization, context_length=data_args.context_length)
+        check_statistics(data.extractor, model_args.model_name_or_path, data_args.dataset)
+    return data
+
+
+def check_statistics(extractor: SpaceExploreFeatureExtractor, checkpoint: str, dataset: str) -> None:
+    """Refuses a dataset that looks other to the network than what it was trained on."""
+    own = SpaceExploreFeatureExtractor.from_pretrained(checkpoint)
+    for name in ("feature_names", "center", "spread", "clip"):
+        if getattr(extractor, name) != getattr(own, name):
+            raise ValueError(
+                f"{name} of {dataset} is not that of {checkpoint}: build it with --extractor {checkpoint}"
+            )
 
 
 def make_model(
-    model_args: ModelArguments, config: SpaceExploreConfig, windows: WindowDataset
+    model_args: ModelArguments, config: SpaceExploreConfig, windows: StoredWindows
 ) -> SpaceExploreForRegression:
     """The checkpoint to continue from, or a new network that starts from the marginal distribution of its targets."""
     if model_args.model_name_or_path is not None:
@@ -65,23 +98,6 @@ def make_model(
     return model
 
 
-def make_datasets(
-    data_args: DataArguments, extractor: SpaceExploreFeatureExtractor, horizons: list[int], target: str = "log_return"
-):
-    """Prices to the split and its training and validation windows; fits the extractor on training dates alone."""
-    prices = load_prices(data_args.prices, data_args.tickers)
-    split = chronological_split(prices["date"], horizons[-1], data_args.validation_fraction, data_args.test_fraction)
-    features = extractor.compute_features(prices)
-    if extractor.center is None:
-        extractor.fit(features[features["date"] <= split.train.end])
-    series = extractor.encode(prices, features)
-    windows = [
-        supervised_windows(series, horizons, dates, extractor.context_length, data_args.stride, score_once, target)
-        for dates, score_once in ((split.train, False), (split.validation, True))
-    ]
-    return split, *windows
-
-
 def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
     """Notes the last dates seen. What a checkpoint saw before stays seen, also when it goes on with older data."""
     for name, dates in (("train_cutoff", split.train), ("selection_cutoff", split.validation)):
@@ -91,19 +107,19 @@ def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
     """Trains; `training_args.output_dir` receives the intermediate checkpoints."""
     set_seed(training_args.seed)
-    extractor = make_extractor(model_args, data_args)
-    config = make_config(model_args, extractor)
-    split, train_windows, validation_windows = make_datasets(
-        data_args, extractor, list(config.horizons), config.target
-    )
-    record_cutoffs(config, split)
+    config = make_config(model_args, make_extractor(model_args, data_args))
+    with training_args.main_process_first(desc="the dataset"):  # the others find it in the cache
+        data = open_data(model_args, data_args, config)
+    if training_args.process_index == 0:
+        print(data.cleaning, file=sys.stderr)
+    record_cutoffs(config, data.split)
     trainer = Trainer(
-        model=make_model(model_args, config, train_windows),
+        model=make_model(model_args, config, data.train),
         args=training_args,
         data_collator=collate_windows,
-        train_dataset=train_windows,
-        eval_dataset=validation_windows,
-        processing_class=extractor,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.extractor,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     return trainer

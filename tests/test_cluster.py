@@ -1,0 +1,211 @@
+"""A cluster writes the very folder that one process writes, and no more of it where something fails."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_market
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spaceexploreai.data import cluster, stocks
+from spaceexploreai.data.cleaning import clean
+from spaceexploreai.data.prices import read_raw, write_table
+from spaceexploreai.data.stocks import StocksConfig
+from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
+from spaceexploreai.scripts import build_dataset
+
+distributed = pytest.importorskip("dask.distributed", reason="the extra [cluster] is not installed")
+
+FEATURES = ["gap", "body", "rsi_14", "atr_14", "relative_volume_5"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing is read from or left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        datasets.disable_progress_bars()
+        yield
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a scheduler with two worker processes."""
+    with cluster.connect("local:2") as client:
+        yield client.scheduler.address
+
+
+@pytest.fixture(scope="module")
+def market() -> pd.DataFrame:
+    """Tickers delisted, listed late, halted, too short, without a usable bar, and with defects to clean."""
+    table = make_market(tickers=9, days=400)
+    days = table["date"].unique()
+    ticker, position = table["ticker"], table["date"].map({day: which for which, day in enumerate(days)})
+    gone = ticker.isin(["T0", "T1"]) & (position >= 300)
+    late = (ticker == "T5") & (position < 170)
+    halted = (ticker == "T2") & position.between(100, 130)
+    short = (ticker == "T3") & (position < 385)
+    table = table[~(gone | late | halted | short)].reset_index(drop=True)
+    table.loc[table["ticker"] == "T7", "close"] = np.nan
+    table.loc[table.index[30::97], "volume"] = np.nan
+    return pd.concat([table, table[40::211]]).sort_values(["ticker", "date"], ignore_index=True)
+
+
+@pytest.fixture(scope="module", params=["parquet", "yahoo"])
+def prices(request, market, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "yahoo":
+        for name, bars in market.groupby("ticker"):
+            write_table(bars.drop(columns="ticker"), folder / name / f"{name}_yahoo_20200101.csv")
+        return folder
+    spaced = market["ticker"].mask((market["ticker"] == "T4") & (market.index % 2 == 0), " T4")
+    write_table(market.assign(ticker=spaced), folder / "prices.parquet")
+    return folder / "prices.parquet"
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory) -> Path:
+    """An extractor that was not fitted yet."""
+    folder = tmp_path_factory.mktemp("columns")
+    extractor = SpaceExploreFeatureExtractor(feature_names=FEATURES, context_length=16)
+    extractor.to_json_file(folder / "preprocessor_config.json")
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(build_dataset, "TICKERS_PER_FILE", 3)
+    monkeypatch.setattr(stocks, "FIT_TICKERS", 4)
+
+
+def build(prices, columns, target: Path, *options: str) -> Path:
+    data = ["--prices", str(prices), "--extractor", str(columns), "--output-dir", str(target)]
+    build_dataset.main([*data, "--horizons", "1,2,6", "--stride", "5", "--margin", "0.4", *options])
+    return target
+
+
+def assert_same_folders(found: Path, expected: Path) -> None:
+    files = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
+    assert {path.relative_to(found) for path in found.rglob("*") if path.is_file()} == files
+    for file in files:
+        if file.suffix == ".parquet":
+            one, other = pq.read_table(found / file), pq.read_table(expected / file)
+            assert one.schema.equals(other.schema, check_metadata=True)
+            # Not equals, to which a NaN is another than itself.
+            pd.testing.assert_frame_equal(one.to_pandas(), other.to_pandas(), check_exact=True)
+        else:
+            assert (found / file).read_text() == (expected / file).read_text()
+
+
+# --- equality ---
+
+
+@pytest.mark.parametrize("options", [(), ("--config", "dpo", "--universe", "{universe}", "--target", "volatility")])
+def test_the_folder_is_that_of_one_process(prices, columns, address, small_shards, tmp_path, options):
+    (tmp_path / "universe.txt").write_text("T0\nT8\nT9\n")
+    options = [option.format(universe=tmp_path / "universe.txt") for option in options]
+    one = build(prices, columns, tmp_path / "one", *options)
+    many = build(prices, columns, tmp_path / "many", "--cluster", address, *options)
+    assert_same_folders(many, one)
+    series = pq.read_table(one / "series")
+    assert series["ticker"].to_pylist() == ["T0", "T1", "T2", "T4", "T5", "T6", "T8"]
+    assert len(list((one / "series").iterdir())) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one", "universe.txt"]
+
+
+def test_new_columns_of_some_tickers_with_bars_invented(market, address, small_shards, tmp_path):
+    write_table(market, tmp_path / "prices.parquet")
+    options = ["--prices", str(tmp_path / "prices.parquet"), "--tickers", "T8,T2,T5,T0", "--fill", "--config", "sft"]
+    options += ["--feature-groups", "volume", "--normalization", "standard", "--context-length", "20"]
+    build_dataset.main([*options, "--output-dir", str(tmp_path / "one")])
+    build_dataset.main([*options, "--output-dir", str(tmp_path / "many"), "--cluster", address])
+    assert_same_folders(tmp_path / "many", tmp_path / "one")
+
+
+def test_statistics_are_kept(market, columns, address, tmp_path):
+    write_table(market, tmp_path / "prices.parquet")
+    count = len(FEATURES)
+    extractor = SpaceExploreFeatureExtractor(FEATURES, context_length=16, center=[0.5] * count, spread=[2.0] * count)
+    extractor.to_json_file(tmp_path / "preprocessor_config.json")
+    folder = build(tmp_path / "prices.parquet", tmp_path, tmp_path / "many", "--cluster", address)
+    assert SpaceExploreFeatureExtractor.from_pretrained(folder).to_dict() == extractor.to_dict()
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("done by the process that hands out the work")
+
+
+def test_the_workers_do_the_work(market, columns, address, tmp_path, monkeypatch):
+    write_table(market, tmp_path / "prices.parquet")
+    for module, name in ((cluster, "read"), (cluster, "encode"), (cluster, "fit_column"), (stocks, "supervised_windows")):
+        monkeypatch.setattr(module, name, refuse)
+    assert build(tmp_path / "prices.parquet", columns, tmp_path / "many", "--cluster", address).is_dir()
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_reports_of_parts_are_the_report_of_the_whole(market, tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("market") / "prices.parquet"
+    write_table(market, path)
+    tickers = sorted(set(market["ticker"]))
+    cuts = sorted(data.draw(st.sets(st.sampled_from(range(1, 7)), max_size=4)))
+    parts = [tickers[start:stop] for start, stop in zip([0, *cuts], [*cuts, None], strict=True)]
+    config = StocksConfig(prices=str(path))
+    merged = cluster.merge_reports([cluster.survey(config, part) for part in parts]).to_dict()
+    whole = clean(read_raw(path))[1].to_dict()
+    assert {"delisted", "lost_ticker", "missing_session"} <= {one["kind"] for one in whole["findings"]}
+    assert merged == whole
+
+
+# --- failure ---
+
+
+@pytest.fixture
+def threads():
+    """A cluster of one thread pool in this process, which tasks of this file can reach."""
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        yield client
+
+
+def test_results_come_in_the_order_of_the_jobs(threads):
+    def task(number):
+        time.sleep(0.02 * (number % 3 == 0))
+        return number
+
+    assert cluster.run(threads, task, [([str(number)], (number,)) for number in range(20)]) == list(range(20))
+
+
+def test_a_failure_waits_for_what_runs_and_calls_off_the_rest(threads):
+    begun, ended = set(), set()
+
+    def task(number):
+        begun.add(number)
+        if number == 2:
+            raise ValueError("two")
+        time.sleep(0.3)
+        ended.add(number)
+
+    with pytest.raises(ValueError, match="two"):
+        cluster.run(threads, task, [([str(number)], (number,)) for number in range(30)])
+    assert ended == begun - {2}
+    assert len(begun) <= 2 * cluster.WAITING * 2
+    time.sleep(0.5)
+    assert ended == begun - {2}
+
+
+def test_a_dead_worker_names_its_tickers():
+    with (
+        distributed.LocalCluster(1, threads_per_worker=1, dashboard_address=None, scheduler_kwargs={}) as local,
+        distributed.Client(local) as client,
+    ):
+        local.scheduler.allowed_failures = 0
+        with pytest.raises(distributed.KilledWorker, match="_exit of AAA to CCC"):
+            cluster.run(client, os._exit, [(["AAA", "BBB", "CCC"], (1,))])

@@ -1,0 +1,320 @@
+"""Pushes to a stand-in for the Hub on 127.0.0.1, and what a process without this package loads from there."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hub_server import File, HubServer, Repository, hang_up, status
+
+from spaceexploreai.data.prices import read_prices
+from spaceexploreai.scripts.forecast import load_checkpoint
+from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
+
+DATASET, MODEL = "NEOAI/Stocks", "NEOAI/SpaceExploreAI"
+# Runs command lines of the script as they come: what is imported once serves them all.
+WORKER = """
+import contextlib, io, json, os, sys
+import huggingface_hub.constants
+from spaceexploreai.scripts import build_dataset
+
+answers = sys.stdout
+for line in sys.stdin:
+    order = json.loads(line)
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update({"HF_TOKEN": order["token"]} if order["token"] else {})
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = not order["xet"]
+    build_dataset.TICKERS_PER_FILE = order["tickers_per_file"]
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            build_dataset.main(order["arguments"])
+        except SystemExit as exit_:
+            code = exit_.code
+        except Exception as error:
+            code = repr(error)
+    print(json.dumps([code, output.getvalue(), errors.getvalue()]), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(server):
+    server.reset()
+    return server
+
+
+@pytest.fixture(scope="module")
+def worker(server, tmp_path_factory):
+    environment = server.environment(tmp_path_factory.mktemp("home"), token=None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WORKER], env=environment, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def build(worker):
+    """The command line, which gives its exit code, what it printed, and its errors."""
+
+    def run(*arguments, token: str | None = "hf_writes", xet: bool = False, tickers_per_file: int = 64):
+        command = ["--config", "sft", "--stride", "64", *map(str, arguments)]
+        order = {"arguments": command, "token": token, "xet": xet, "tickers_per_file": tickers_per_file}
+        print(json.dumps(order), file=worker.stdin, flush=True)
+        return json.loads(worker.stdout.readline())
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pushed(hub: HubServer, name: str = DATASET) -> dict[str, bytes]:
+    """Files of a dataset, without the one that the Hub puts into all."""
+    files = hub.repositories["datasets", name].files
+    return {path: content for path, content in files.items() if path != ".gitattributes"}
+
+
+def run_elsewhere(environment: dict[str, str], code: str, *arguments, folder: Path) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- a dataset -------------------------------------------------------------------------------------------------------
+
+STRANGER = """
+import sys
+sys.modules["spaceexploreai"] = None  # any import of it raises ImportError
+from datasets import load_dataset
+
+repository, output = sys.argv[1:]
+assert load_dataset(repository).num_rows == load_dataset(repository, "sft").num_rows
+for config in ("series", "sft"):
+    for split, dataset in load_dataset(repository, config).items():
+        dataset.to_parquet(f"{output}/{config}-{split}.parquet")
+"""
+SPLITS = {"series": ["history"], "sft": ["train", "validation", "test"]}
+
+
+def test_a_stranger_loads_what_was_built(hub, build, tmp_path):
+    folder = tmp_path / "built"
+    code, output, errors = build("--output-dir", folder, "--push-to-hub", DATASET, tickers_per_file=2)
+    assert code == 0, errors
+    assert output.splitlines()[-1] == f"pushed to {hub.api.url}/datasets/{DATASET}"
+    assert pushed(hub) == contents(folder)
+    assert not hub.repositories["datasets", DATASET].private
+    run_elsewhere(hub.environment(tmp_path / "home", None), STRANGER, DATASET, tmp_path, folder=tmp_path)
+    for config, split in [(config, split) for config, splits in SPLITS.items() for split in splits]:
+        files = sorted((folder / config).glob(f"{split}-*.parquet"))
+        assert len(files) == 3
+        written = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+        loaded = pd.read_parquet(tmp_path / f"{config}-{split}.parquet")
+        pd.testing.assert_frame_equal(loaded, written, check_exact=True)
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_a_push_deletes_what_an_earlier_one_had_more(hub, build, tmp_path, xet):
+    hub.xet_folder = tmp_path / "xet"
+    kept = {"notes.md": File(b"mine"), "images/one.png": File(b"mine too")}
+    there = {"dpo/train-00000-of-00001.parquet": File(b"pairs", large=True), **kept}
+    repository = hub.repositories["datasets", DATASET] = Repository("datasets", DATASET)
+    repository.add("main", repository.find("main").files | there, "by hand")
+    for tickers_per_file, count in ((1, 5), (64, 1)):
+        folder = tmp_path / f"built-{count}"
+        command = ("--output-dir", folder), {"tickers_per_file": tickers_per_file, "xet": xet}
+        if xet:  # what it carries, the storage must have
+            build(*command[0], **command[1])
+            hub.objects = {hashlib.sha256(content).hexdigest(): content for content in contents(folder).values()}
+        code, _, errors = build(*command[0], "--push-to-hub", DATASET, **command[1])
+        assert code == 0, errors
+        assert len(list((folder / "series").iterdir())) == count
+        assert pushed(hub) == contents(folder) | {path: file.content for path, file in kept.items()}
+    assert (hub.count("grant_xet") > 0, hub.count("put_object") > 0) == (xet, not xet)
+    assert len(list(repository.find("main").history())) == 4
+
+
+VISITOR = """
+import sys
+sys.modules["spaceexploreai"] = None
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+repository, *tokens = sys.argv[1:]
+for token in tokens:
+    try:
+        print(token, load_dataset(repository, "sft", split="test", token=token or False).num_rows)
+    except DatasetNotFoundError as error:
+        print(token, "refused")
+"""
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "public before"])
+def test_private_is_private_before_there_is_anything_to_see(hub, build, tmp_path, there):
+    if there:
+        hub.repositories["datasets", DATASET] = Repository("datasets", DATASET)
+    command = ("--output-dir", tmp_path / "built", "--push-to-hub", DATASET, "--private")
+    assert build(*command)[0] == 0
+    assert hub.repositories["datasets", DATASET].private
+    order = [endpoint for endpoint, _ in hub.asked if endpoint in ("change_settings", "put_object", "commit")]
+    assert order[0] == "change_settings" and order[-1] == "commit"
+    tokens = ["", "hf_stranger", "hf_reads"]
+    seen = run_elsewhere(hub.environment(tmp_path / "home", None), VISITOR, DATASET, *tokens, folder=tmp_path)
+    rows = pq.read_metadata(next(tmp_path.glob("built/sft/test-*"))).num_rows
+    assert seen.splitlines() == [" refused", "hf_stranger refused", f"hf_reads {rows}"]
+
+
+def test_a_name_without_an_owner_is_the_callers(hub, build, tmp_path):
+    code, output, errors = build("--output-dir", tmp_path / "built", "--push-to-hub", "Stocks")
+    assert code == 0, errors
+    assert output.splitlines()[-1].endswith("/datasets/NEOAI/Stocks")
+    assert pushed(hub) == contents(tmp_path / "built")
+
+
+# --- a dataset that cannot be pushed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "message"),
+    [
+        (["--push-to-hub", "datasets/NEOAI/Stocks"], "hf_writes", "'datasets/NEOAI/Stocks'"),
+        (["--push-to-hub", "NEOAI/My Stocks"], "hf_writes", "'NEOAI/My Stocks'"),
+        (["--push-to-hub", ""], "hf_writes", "Repo id must"),
+        (["--private"], "hf_writes", "--push-to-hub"),
+        (["--push-to-hub", DATASET], None, "no token found"),
+        (["--push-to-hub", DATASET], "hf_mistyped", "Invalid user token"),
+        (["--push-to-hub", "NEOAI/New"], "hf_reads", "may only read"),
+        (["--push-to-hub", DATASET], "hf_stranger", "403 Forbidden"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_refused_before_the_build(hub, build, tmp_path, arguments, token, message):
+    hub.repositories["datasets", DATASET] = Repository("datasets", DATASET)
+    code, output, errors = build("--output-dir", tmp_path / "built", *arguments, token=token)
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "built").exists()
+    assert list(hub.repositories) == [("datasets", DATASET)]
+
+
+TROUBLES = {
+    "create_repository": (status(403, "You have reached your limit"), "You have reached your limit"),
+    "validate_card": (status(500), "500"),
+    "preupload": (status(403, "Your storage is full"), "Your storage is full"),
+    "put_object": (status(403, "Request has expired"), f"the push to {DATASET} failed: Error while uploading 's"),
+    "commit": (status(500, "Something broke"), "Something broke"),
+    "change_settings": (hang_up, f"the push to {DATASET} failed: Server disconnected"),
+}
+
+
+@pytest.mark.parametrize("endpoint", list(TROUBLES))
+def test_a_push_that_fails_leaves_the_built_folder_and_the_repository(hub, build, tmp_path, endpoint):
+    trouble, message = TROUBLES[endpoint]
+    hub.troubles[endpoint].extend([trouble] * 4)  # that many large files
+    command = ("--output-dir", tmp_path / "built", "--push-to-hub", DATASET, "--private")
+    code, output, errors = build(*command)
+    assert code == 2
+    assert output.splitlines()[-1] == f"wrote {tmp_path / 'built'}"
+    assert errors.splitlines()[-1].startswith("error: ") and message in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    built = contents(tmp_path / "built")
+    assert {"README.md", "stocks.json"} < set(built)
+    assert ("datasets", DATASET) not in hub.repositories or pushed(hub) == {}
+    hub.troubles.clear()
+    assert build(*command)[0] == 0
+    assert pushed(hub) == contents(tmp_path / "built") == built
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_a_line(build, hub, tmp_path):
+    hub.troubles["whoami"].append(hang_up)
+    code, output, errors = build("--output-dir", tmp_path / "built", "--push-to-hub", DATASET)
+    assert (code, output) == (2, "")
+    assert errors == f"error: the push to {DATASET} failed: Server disconnected without sending a response.\n"
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------
+
+UPLOADER = """
+import sys
+from huggingface_hub import HfApi
+
+repository, *folders = sys.argv[1:]
+api = HfApi()
+api.create_repo(repository)
+for folder in folders:
+    print(api.upload_folder(folder_path=folder, repo_id=repository).oid)
+"""
+MODEL_STRANGER = """
+import json, sys
+sys.modules["spaceexploreai"] = None
+import pandas as pd
+import torch
+from transformers import (
+    AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForTimeSeriesPrediction, AutoTokenizer
+)
+
+repository, prices, output, *revisions = sys.argv[1:]
+prices = pd.read_parquet(prices)
+for revision in revisions:
+    given = {"revision": revision, "trust_remote_code": True}
+    extractor = AutoFeatureExtractor.from_pretrained(repository, **given)
+    model = AutoModelForTimeSeriesPrediction.from_pretrained(repository, **given)
+    assert AutoConfig.from_pretrained(repository, **given).to_dict() == model.config.to_dict()
+    assert AutoModel.from_pretrained(repository, **given).num_parameters() <= model.num_parameters()
+    with torch.inference_mode():
+        outputs = model(**extractor(prices))
+    extractor.decode(outputs, prices, model.config).to_parquet(f"{output}/{revision}.parquet")
+    ids = AutoTokenizer.from_pretrained(repository, **given)("<bos><r3><eos>")["input_ids"]
+    code = getattr(sys.modules[type(extractor).__module__], "RELEASE", None)
+    print(json.dumps([ids, code]))
+"""
+
+
+@pytest.fixture(scope="module")
+def releases(checkpoint, tmp_path_factory) -> list[Path]:
+    """Two checkpoint folders that differ in weights, in settings and in code."""
+    folders = [tmp_path_factory.mktemp(f"release-{number}") for number in (1, 2)]
+    model, extractor = load_checkpoint(checkpoint)
+    for number, folder in enumerate(folders, 1):
+        model.mean_head.bias.data += number
+        extractor.context_length -= number
+        model.save_pretrained(folder)
+        extractor.save_pretrained(folder)
+        SpaceExploreTokenizer(num_bins=10 * number).save_pretrained(folder)
+        code = folder / "feature_extraction_spaceexplore.py"
+        code.write_text(f"{code.read_text()}\nRELEASE = {number}\n")
+    return folders
+
+
+def test_a_stranger_gets_the_model_of_the_commit_that_is_asked_for(hub, releases, market, tmp_path):
+    hub.largest_part = 100_000
+    uploaded = run_elsewhere(hub.environment(tmp_path / "here"), UPLOADER, MODEL, *releases, folder=tmp_path).split()
+    repository = hub.repositories["models", MODEL]
+    assert [commit.oid for commit in repository.find("main").history()][:-1] == uploaded[::-1]
+    weights = repository.find("main").files["model.safetensors"]
+    assert weights.large and weights.content == (releases[1] / "model.safetensors").read_bytes()
+    assert hub.count("put_part") == 2 * -(-len(weights.content) // hub.largest_part)
+
+    there = hub.environment(tmp_path / "there", None)
+    arguments = (MODEL, market, tmp_path, uploaded[0], "main")
+    said = run_elsewhere(there, MODEL_STRANGER, *arguments, folder=tmp_path).splitlines()
+    for number, (folder, revision) in enumerate(zip(releases, (uploaded[0], "main"), strict=True), 1):
+        model, extractor = load_checkpoint(folder)
+        prices = read_prices(market)
+        expected = extractor.decode(model(**extractor(prices)), prices, model.config)
+        loaded = pd.read_parquet(tmp_path / f"{revision}.parquet")
+        pd.testing.assert_frame_equal(loaded, expected, rtol=1e-6)
+        ids = SpaceExploreTokenizer(num_bins=10 * number)("<bos><r3><eos>")["input_ids"]
+        assert json.loads(said[number - 1]) == [ids, number]
