@@ -64,8 +64,12 @@ def connect(cluster: str) -> Iterator["Client"]:
     elif workers and not (workers.isdecimal() and int(workers)):
         raise ValueError(f"cluster must be local, local:N or the address of a scheduler, got {cluster!r}")
     else:
-        processes = {"n_workers": int(workers) if workers else None, "threads_per_worker": 1}
-        with LocalCluster(**processes, dashboard_address=None) as local, Client(local) as client:
+        processes = {
+            "n_workers": int(workers) if workers else None,
+            "threads_per_worker": 1,
+            "dashboard_address": ":0",
+        }
+        with LocalCluster(**processes, env={"HF_HUB_DISABLE_PROGRESS_BARS": "1"}) as local, Client(local) as client:
             yield client
 
 
@@ -130,6 +134,8 @@ def prices_path(config: StocksConfig) -> Path:
 
 def list_tickers(path: Path) -> list[str | None]:
     """Tickers as a folder or file names them; nothing else is read of a parquet file."""
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or directory: {path}")
     if path.is_dir():
         return list(prices._yahoo_files(path))
     if path.suffix.lower() != ".parquet":

@@ -569,6 +569,57 @@ class StoredWindows(TorchDataset):
         return WindowDataset([history], [(0, stop - 1 - first)], stop - first, [labels])
 
 
+class PathWindows(TorchDataset):
+    """Windows of an `sft` split as a causal language model reads them: a context, and the days that followed.
+
+    Where `StoredWindows` has a window with labels, this has its last `path_length` labelled days as a path, behind a
+    whole context of its own; an example is `past_values` (T, F), `attention_mask` (T,), `scale` (T,), `next_returns`
+    (T,) as labels of the context's steps, and `path` (L,), the daily log-returns from its last step on, which end
+    before the first that is not known.
+
+    Args:
+        windows: whose labels hold the log-return of one day.
+        horizons: of the labels.
+        context_length: steps T.
+        path_length: days L at most.
+
+    Raises:
+        ValueError: 1 is not among the horizons.
+    """
+
+    def __init__(self, windows: StoredWindows, horizons: list[int], context_length: int, path_length: int):
+        if 1 not in horizons:
+            raise ValueError(f"a path of daily returns needs the horizon 1, got {list(horizons)}")
+        self.windows = windows
+        self.one_day = list(horizons).index(1)
+        self.context_length = context_length
+        self.path_length = path_length
+        every = (self._cut(*row) for row in windows.rows.tolist())
+        self.rows = windows.rows[[len(one["path"]) > 0 for one in every]]  # without those that begin in a halt
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._cut(*self.rows[index].tolist())
+
+    def _cut(self, which: int, _: int, last: int, supervised: int) -> dict[str, np.ndarray]:
+        origin = last + 1 - min(self.path_length, last + 1 - supervised)
+        first = max(origin + 1 - self.context_length, 0)
+        history, labels = self.windows.series.labelled_steps(which, first, last + 1)
+        returns, steps = labels[:, self.one_day], origin + 1 - first
+        path = returns[steps - 1 :]
+        known = np.cumprod(path != IGNORE_INDEX).sum()
+        next_returns = np.where(np.arange(first, origin + 1) >= supervised, returns[:steps], IGNORE_INDEX)
+        return {
+            "past_values": history.values[:steps],
+            "attention_mask": history.traded[:steps],
+            "scale": history.scale[:steps],
+            "next_returns": next_returns,
+            "path": path[:known],
+        }
+
+
 def open_windows(series: Dataset, windows: Dataset) -> StoredWindows:
     """Joins the `series` dataset and a split of the `sft` dataset, as built or as `load_dataset` reads them.
 

@@ -35,7 +35,7 @@ def train_tiny(args: argparse.Namespace) -> Trainer:
     for name, value in options.items():
         argv += [] if value is None else [f"--{name}", str(value)]
     with TemporaryDirectory() as scratch:
-        return train(*parse_run([*argv, "--output_dir", scratch]))
+        return train(parse_run([*argv, "--output_dir", scratch]))
 
 
 def write_results(folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame) -> list[Path]:

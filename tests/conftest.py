@@ -63,5 +63,5 @@ def market(tmp_path_factory) -> Path:
 def checkpoint(tmp_path_factory, market) -> Path:
     """A checkpoint folder of the tiny recipe after a few steps on the synthetic market."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(train(*parse_run(tiny_run(folder, "--prices", str(market)))), folder)
+    save_checkpoint(train(parse_run(tiny_run(folder, "--prices", str(market)))), folder)
     return folder

@@ -1,7 +1,7 @@
 """A cluster writes the very folder that one process writes, and no more of it where something fails."""
 
+import json
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from spaceexploreai.data.stocks import StocksConfig
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.scripts import build_dataset
 
+dask = pytest.importorskip("dask", reason="the extra [cluster] is not installed")
 distributed = pytest.importorskip("dask.distributed", reason="the extra [cluster] is not installed")
 
 FEATURES = ["gap", "body", "rsi_14", "atr_14", "relative_volume_5"]
@@ -101,8 +102,20 @@ def assert_same_folders(found: Path, expected: Path) -> None:
             assert one.schema.equals(other.schema, check_metadata=True)
             # Not equals, to which a NaN is another than itself.
             pd.testing.assert_frame_equal(one.to_pandas(), other.to_pandas(), check_exact=True)
+        elif file.name == stocks.METADATA_NAME:
+            one, other = (json.loads((folder / file).read_text()) for folder in (found, expected))
+            assert without_examples(one) == without_examples(other)
         else:
             assert (found / file).read_text() == (expected / file).read_text()
+
+
+def without_examples(metadata: dict) -> dict:
+    """A report of parts has other examples where the whole has the largest."""
+    return {**metadata, "cleaning": {**metadata["cleaning"], "findings": kinds_of(metadata["cleaning"])}}
+
+
+def kinds_of(report: dict) -> list[tuple]:
+    return [(one["kind"], one["action"], one["count"], len(one["examples"])) for one in report["findings"]]
 
 
 # --- equality ---
@@ -145,8 +158,10 @@ def refuse(*args, **kwargs):
 
 def test_the_workers_do_the_work(market, columns, address, tmp_path, monkeypatch):
     write_table(market, tmp_path / "prices.parquet")
-    for module, name in ((cluster, "read"), (cluster, "encode"), (cluster, "fit_column"), (stocks, "supervised_windows")):
-        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(cluster.prices, "read_raw", refuse)
+    monkeypatch.setattr(stocks, "supervised_windows", refuse)
+    for name in ("compute_features", "fit", "encode"):
+        monkeypatch.setattr(SpaceExploreFeatureExtractor, name, refuse)
     assert build(tmp_path / "prices.parquet", columns, tmp_path / "many", "--cluster", address).is_dir()
 
 
@@ -162,7 +177,9 @@ def test_reports_of_parts_are_the_report_of_the_whole(market, tmp_path_factory, 
     merged = cluster.merge_reports([cluster.survey(config, part) for part in parts]).to_dict()
     whole = clean(read_raw(path))[1].to_dict()
     assert {"delisted", "lost_ticker", "missing_session"} <= {one["kind"] for one in whole["findings"]}
-    assert merged == whole
+    assert {**merged, "findings": kinds_of(merged)} == {**whole, "findings": kinds_of(whole)}
+    every = {one.kind: one.examples for one in clean(read_raw(path), examples=10**6)[1].findings}
+    assert all(example in every[one["kind"]] for one in merged["findings"] for example in one["examples"])
 
 
 # --- failure ---
@@ -171,7 +188,7 @@ def test_reports_of_parts_are_the_report_of_the_whole(market, tmp_path_factory, 
 @pytest.fixture
 def threads():
     """A cluster of one thread pool in this process, which tasks of this file can reach."""
-    with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
         yield client
 
 
@@ -203,9 +220,104 @@ def test_a_failure_waits_for_what_runs_and_calls_off_the_rest(threads):
 
 def test_a_dead_worker_names_its_tickers():
     with (
-        distributed.LocalCluster(1, threads_per_worker=1, dashboard_address=None, scheduler_kwargs={}) as local,
+        distributed.LocalCluster(1, threads_per_worker=1, dashboard_address=":0") as local,
         distributed.Client(local) as client,
     ):
         local.scheduler.allowed_failures = 0
         with pytest.raises(distributed.KilledWorker, match="_exit of AAA to CCC"):
             cluster.run(client, os._exit, [(["AAA", "BBB", "CCC"], (1,))])
+
+
+@pytest.fixture
+def yahoo(market, tmp_path) -> Path:
+    for name, bars in market.groupby("ticker"):
+        write_table(bars.drop(columns="ticker"), tmp_path / "yahoo" / name / f"{name}_yahoo_20200101.csv")
+    return tmp_path / "yahoo"
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_former_folder_stays(yahoo, columns, address, tmp_path, capsys):
+    folder = build(yahoo, columns, tmp_path / "out", "--cluster", address)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (yahoo / "T5" / "T5_yahoo_20200102.csv").write_text("Date,Open,High,Low,Close\n2005-01-03,1,1,1,1\n")
+    with pytest.raises(SystemExit):
+        build(yahoo, columns, folder, "--cluster", address)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: T0 to T8: ")
+    assert error.endswith("has no column 'volume'; it has Date, Open, High, Low, Close")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "yahoo"]
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing(yahoo, columns, threads, small_shards, tmp_path, monkeypatch):
+    """In the last pass, when files of other shards are there already."""
+    write, written = cluster.write_file, []
+
+    def fail(table, folder, split, number, count):
+        if (folder.name, number) == ("dpo", 1):
+            raise OSError("disk full")
+        write(table, folder, split, number, count)
+        written.extend(path.name for path in folder.iterdir())
+
+    monkeypatch.setattr(cluster, "write_file", fail)
+    config = StocksConfig(prices=str(yahoo), extractor=str(columns))
+    with (
+        pytest.raises(OSError, match=r"^T4 to T6: disk full"),
+        build_dataset.whole_folder(tmp_path / "out") as folder,
+    ):
+        cluster.build_folder(threads, config, ("dpo",), folder, tickers_per_file=3)
+    assert "history-00000-of-00003.parquet" in written
+    assert [path.name for path in tmp_path.iterdir()] == ["yahoo"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--feature-groups", "price,relation"], "column 'beta_market_20' compares tickers with each other"),
+        (["--strict"], "T0 to T8: T7 2005-01-03: close nan"),
+        (["--tickers", "T9"], "T9: unknown ticker 'T9'"),
+        (["--stride", "65"], "a stride of 65 is longer than the context_length of 64"),
+        (["--horizons", "1,60"], "the validation range has 40 of 400 trading days; a horizon of 60 days"),
+        (["--margin", "50", "--config", "dpo"], "the train split of dpo is empty"),
+        (["--tickers", "T3", "--validation-fraction", "0.3", "--test-fraction", "0.3", "--horizons", "1"], "20 bars"),
+        (["--prices", "nowhere.parquet"], "no such file or directory: nowhere.parquet"),
+        (["--num-proc", "2"], "--num-proc: not allowed with argument --cluster"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(yahoo, address, tmp_path, capsys, options, message):
+    target = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit_:
+        build_dataset.main(["--prices", str(yahoo), "--output-dir", str(target), "--cluster", address, *options])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit_.value.code == 2
+    assert len(error) == 1
+    assert message in error[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["yahoo"]
+
+
+def test_rows_without_a_ticker_are_refused(market, tmp_path):
+    for name in (None, "", " "):
+        table = market.assign(ticker=market["ticker"].where(market.index != 7, name))
+        write_table(table, tmp_path / "prices.parquet")
+        with pytest.raises(ValueError, match="has rows without a ticker"):
+            cluster.names_of_tickers(StocksConfig(prices=str(tmp_path / "prices.parquet")))
+
+
+@pytest.mark.parametrize("address", ["local:0", "local:two", "local:-1"])
+def test_an_impossible_number_of_workers_is_named(address):
+    with pytest.raises(ValueError, match=f"got '{address}'"), cluster.connect(address):
+        pass
+
+
+def test_a_cluster_needs_dask(monkeypatch):
+    monkeypatch.setattr(cluster, "Client", None)
+    with pytest.raises(ValueError, match=r"spaceexploreai\[cluster\]"), cluster.connect("local"):
+        pass
+
+
+def test_nobody_at_the_address():
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(OSError, match=r"tcp://127\.0\.0\.1:9"),
+        cluster.connect("tcp://127.0.0.1:9"),
+    ):
+        pass

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +51,8 @@ def server():
 @pytest.fixture
 def hub(server):
     server.reset()
-    return server
+    yield server
+    assert [path for endpoint, path in server.asked if endpoint == "unknown"] == []
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_private_is_private_before_there_is_anything_to_see(hub, build, tmp_path
     assert build(*command)[0] == 0
     assert hub.repositories["datasets", DATASET].private
     order = [endpoint for endpoint, _ in hub.asked if endpoint in ("change_settings", "put_object", "commit")]
-    assert order[0] == "change_settings" and order[-1] == "commit"
+    assert (order[0], order[-1]) == ("change_settings", "commit")
     tokens = ["", "hf_stranger", "hf_reads"]
     seen = run_elsewhere(hub.environment(tmp_path / "home", None), VISITOR, DATASET, *tokens, folder=tmp_path)
     rows = pq.read_metadata(next(tmp_path.glob("built/sft/test-*"))).num_rows
@@ -204,7 +204,9 @@ def test_what_the_hub_would_refuse_is_refused_before_the_build(hub, build, tmp_p
     hub.repositories["datasets", DATASET] = Repository("datasets", DATASET)
     code, output, errors = build("--output-dir", tmp_path / "built", *arguments, token=token)
     assert (code, output) == (2, "")
-    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
     assert not (tmp_path / "built").exists()
     assert list(hub.repositories) == [("datasets", DATASET)]
 
@@ -227,7 +229,8 @@ def test_a_push_that_fails_leaves_the_built_folder_and_the_repository(hub, build
     code, output, errors = build(*command)
     assert code == 2
     assert output.splitlines()[-1] == f"wrote {tmp_path / 'built'}"
-    assert errors.splitlines()[-1].startswith("error: ") and message in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert message in errors.splitlines()[-1]
     assert "Traceback" not in errors
     built = contents(tmp_path / "built")
     assert {"README.md", "stocks.json"} < set(built)
@@ -304,7 +307,8 @@ def test_a_stranger_gets_the_model_of_the_commit_that_is_asked_for(hub, releases
     repository = hub.repositories["models", MODEL]
     assert [commit.oid for commit in repository.find("main").history()][:-1] == uploaded[::-1]
     weights = repository.find("main").files["model.safetensors"]
-    assert weights.large and weights.content == (releases[1] / "model.safetensors").read_bytes()
+    assert weights.large
+    assert weights.content == (releases[1] / "model.safetensors").read_bytes()
     assert hub.count("put_part") == 2 * -(-len(weights.content) // hub.largest_part)
 
     there = hub.environment(tmp_path / "there", None)
@@ -318,3 +322,93 @@ def test_a_stranger_gets_the_model_of_the_commit_that_is_asked_for(hub, releases
         pd.testing.assert_frame_equal(loaded, expected, rtol=1e-6)
         ids = SpaceExploreTokenizer(num_bins=10 * number)("<bos><r3><eos>")["input_ids"]
         assert json.loads(said[number - 1]) == [ids, number]
+
+
+# --- the stand-in itself ---------------------------------------------------------------------------------------------
+
+LIBRARY = """
+import pytest
+from huggingface_hub import HfApi, HfFileSystem, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+)
+
+api, anyone, stranger = HfApi(), HfApi(token=False), HfApi(token="hf_stranger")
+repository = api.create_repo("NEOAI/Model").repo_id
+with pytest.raises(HfHubHTTPError, match="409"):
+    api.create_repo(repository)
+with pytest.raises(HfHubHTTPError, match="rights to create"):
+    stranger.create_repo("NEOAI/Other")
+
+def upload(path, content, **options):
+    return api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=repository, **options).oid
+
+def read(path, revision=None, api=api):
+    return open(api.hf_hub_download(repository, path, revision=revision), "rb").read()
+
+first = upload("a/b/large.bin", bytes(range(200)))
+second = upload("a/small.txt", b"old")
+api.create_tag(repository, tag="v1")
+api.create_branch(repository, branch="try/it", revision=first)
+third = upload("a/small.txt", b"new", parent_commit=second)
+with pytest.raises(HfHubHTTPError, match="412"):
+    upload("a/small.txt", b"newest", parent_commit=second)
+fourth = upload("README.md", b"---\\npipeline_tag: time-series-forecasting\\n---\\n", revision="try/it")
+
+# Revisions, and what there is not.
+assert [commit.commit_id for commit in api.list_repo_commits(repository)][:3] == [third, second, first]
+assert [read("a/small.txt", revision) for revision in ("main", "v1", second)] == [b"new", b"old", b"old"]
+assert not api.file_exists(repository, "a/small.txt", revision="try/it")
+assert api.model_info(repository, revision="try/it").pipeline_tag == "time-series-forecasting"
+refs = api.list_repo_refs(repository)
+assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": third, "try/it": fourth}
+assert [(ref.name, ref.target_commit) for ref in refs.tags] == [("v1", second)]
+api.delete_tag(repository, tag="v1")
+api.delete_branch(repository, branch="try/it")
+for revision in ("v1", "try/it", "0" * 40):
+    with pytest.raises(RevisionNotFoundError):
+        api.model_info(repository, revision=revision)
+with pytest.raises(EntryNotFoundError):
+    read("a/none.txt")
+with pytest.raises(RepositoryNotFoundError):
+    api.model_info("NEOAI/None")
+
+# Trees, a page at a time, and parts of files.
+assert sorted(api.list_repo_files(repository)) == [".gitattributes", "a/b/large.bin", "a/small.txt"]
+assert sorted(entry.path for entry in api.list_repo_tree(repository, "a")) == ["a/b", "a/small.txt"]
+(info,) = api.get_paths_info(repository, ["a/b/large.bin", "none"])
+assert (info.size, info.lfs.size, info.lfs.sha256 != info.blob_id) == (200, 200, True)
+files = HfFileSystem()
+assert files.glob(f"{repository}/**/*.txt") == [f"{repository}/a/small.txt"]
+assert files.cat_file(f"{repository}/a/b/large.bin", start=50, end=60) == bytes(range(50, 60))
+assert files.cat_file(f"{repository}/a/small.txt", start=1) == b"ew"
+
+# Who may read and write.
+assert read("a/small.txt", api=anyone) == b"new"
+with pytest.raises(HfHubHTTPError, match="403"):
+    stranger.delete_repo(repository)
+api.update_repo_settings(repository, gated="auto")
+for other in (anyone, stranger):
+    assert other.model_info(repository).gated == "auto"
+    with pytest.raises(GatedRepoError):
+        other.hf_hub_download(repository, "a/b/large.bin")
+api.update_repo_settings(repository, private=True, gated=False)
+for other in (anyone, stranger):
+    with pytest.raises(RepositoryNotFoundError):
+        other.model_info(repository)
+with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
+    HfApi(token="hf_none").model_info(repository)
+assert read("a/small.txt") == b"new"
+
+api.delete_folder("a/b", repository)
+folder = snapshot_download(repository)
+assert api.list_repo_files(repository) == [".gitattributes", "a/small.txt"]
+api.delete_repo(repository)
+assert not api.repo_exists(repository)
+"""
+
+
+def test_the_stand_in_is_a_hub_to_the_library(hub, tmp_path):
+    hub.page_size = 2
+    run_elsewhere(hub.environment(tmp_path / "home"), LIBRARY, folder=tmp_path)
+    assert hub.count("list_tree") > hub.count("delete_repository") == 2

@@ -34,7 +34,7 @@ def losses(trainer) -> list[float]:
 
 def test_the_same_seed_gives_the_same_losses_and_weights(tmp_path, market):
     run = tiny_run(tmp_path, "--prices", str(market), "--logging_strategy", "steps", "--logging_steps", "1")
-    first, second, other = (train(*parse_run([*run, "--seed", seed])) for seed in ("7", "7", "8"))
+    first, second, other = (train(parse_run([*run, "--seed", seed])) for seed in ("7", "7", "8"))
     assert losses(first) == losses(second) != losses(other)
     for left, right in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -65,7 +65,7 @@ def test_the_checkpoint_records_which_dates_it_has_seen(checkpoint, market):
 
 
 def test_a_saved_and_reloaded_model_forecasts_identically(tmp_path, market):
-    trainer = train(*parse_run(tiny_run(tmp_path, "--prices", str(market))))
+    trainer = train(parse_run(tiny_run(tmp_path, "--prices", str(market))))
     save_checkpoint(trainer, tmp_path)
     prices = read_prices(market)
     before = forecast_newest(trainer.model.eval(), trainer.processing_class, prices)
@@ -82,7 +82,7 @@ def test_nothing_after_the_validation_range_reaches_the_weights(tmp_path, market
         np.random.default_rng(0).normal(size=(later.sum(), 1))
     )
     write_table(prices, tmp_path / "torn.parquet")
-    trainer = train(*parse_run(tiny_run(tmp_path, "--prices", str(tmp_path / "torn.parquet"))))
+    trainer = train(parse_run(tiny_run(tmp_path, "--prices", str(tmp_path / "torn.parquet"))))
     save_checkpoint(trainer, tmp_path / "torn")
     torn, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "torn", checkpoint))
     for name in whole:
@@ -119,7 +119,7 @@ def test_training_continues_from_a_checkpoint_with_its_own_statistics(tmp_path, 
     run = tiny_run(tmp_path, "--model_name_or_path", str(checkpoint), "--prices", str(market), "--tickers", "T1")
     run[run.index(config)] = str(tmp_path / "continue.yaml")
     del run[run.index("--model_config") : run.index("--model_config") + 2]
-    trainer = train(*parse_run(run))
+    trainer = train(parse_run(run))
     assert trainer.model.config.train_cutoff == load_checkpoint(checkpoint)[0].config.train_cutoff
     original = SpaceExploreFeatureExtractor.from_pretrained(checkpoint)
     assert trainer.processing_class.center == original.center
@@ -137,7 +137,7 @@ def dataset(tmp_path_factory, market) -> Path:
 def test_a_built_dataset_trains_as_the_prices_do(tmp_path, market, dataset):
     run = tiny_run(tmp_path, "--logging_strategy", "steps", "--logging_steps", "1")
     first, second = (
-        train(*parse_run([*run, *source])) for source in (["--prices", str(market)], ["--dataset", str(dataset)])
+        train(parse_run([*run, *source])) for source in (["--prices", str(market)], ["--dataset", str(dataset)])
     )
     assert losses(first) == losses(second)
     assert first.model.config.to_dict() == second.model.config.to_dict()
@@ -147,7 +147,7 @@ def test_a_built_dataset_trains_as_the_prices_do(tmp_path, market, dataset):
 def test_groups_of_features_are_what_the_network_takes(tmp_path, market):
     (tmp_path / "config.json").write_text((RECIPE / "config.json").read_text())
     options = ("--feature_groups", "price,volume", "--prices", str(market))
-    trainer = train(*parse_run(tiny_run(tmp_path, *options, "--model_config", str(tmp_path / "config.json"))))
+    trainer = train(parse_run(tiny_run(tmp_path, *options, "--model_config", str(tmp_path / "config.json"))))
     assert trainer.processing_class.feature_names == select_features(["price", "volume"])
     assert trainer.model.config.num_features == len(select_features(["price", "volume"])) != 64
 
@@ -157,7 +157,7 @@ def test_a_planted_signal_is_found_out_of_sample(tmp_path):
     prices = make_market(tickers=4, days=1500, momentum=0.6)
     write_table(prices, tmp_path / "market.parquet")
     options = ("--prices", str(tmp_path / "market.parquet"), "--max_steps", "60", "--learning_rate", "2e-3")
-    trainer = train(*parse_run(tiny_run(tmp_path, *options)))
+    trainer = train(parse_run(tiny_run(tmp_path, *options)))
     model, extractor = trainer.model.eval(), trainer.processing_class
     forecasts = forecast_range(model, extractor, prices, scored_range(model.config, prices, None, None))
     scores = score(forecasts).set_index(["horizon", "metric"])
@@ -170,7 +170,7 @@ def information_coefficients(prices: pd.DataFrame, folder: Path) -> np.ndarray:
     """Spearman correlations over the tickers of next-day means and outcomes, one for each day of the test range."""
     write_table(prices, folder / "market.parquet")
     options = ("--prices", str(folder / "market.parquet"), "--max_steps", "60", "--learning_rate", "2e-3")
-    trainer = train(*parse_run(tiny_run(folder, *options)))
+    trainer = train(parse_run(tiny_run(folder, *options)))
     model, extractor = trainer.model.eval(), trainer.processing_class
     forecasts = forecast_range(model, extractor, prices, scored_range(model.config, prices, None, None))
     days = forecasts[forecasts["horizon"] == 1].dropna(subset=["y"]).groupby("cutoff")

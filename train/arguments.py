@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -12,11 +13,75 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from trl import TrlParser
 
+# Fields of the network's configuration that a run may set in place of its config.json.
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+)
+TASK_NAMES = ("regression", "classification", "causal_lm")
+BALANCES = ("ticker", "year")
+
 
 @dataclass
 class ModelArguments:
     model_config: str | None = field(default=None, metadata={"help": "config.json of a network to train from scratch"})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint folder to continue from"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "checkpoint, of any head, to continue from"}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "in place of config.json's"})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "in place of config.json's"})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "in place of config.json's"})
+    n_routed_experts: int | None = field(default=None, metadata={"help": "experts, in place of config.json's"})
+    num_experts_per_tok: int | None = field(
+        default=None, metadata={"help": "experts per token, in place of config.json's"}
+    )
+    moe_intermediate_size: int | None = field(
+        default=None, metadata={"help": "width of an expert, in place of config.json's"}
+    )
+    t2t_loss_weight: float | None = field(
+        default=None, metadata={"help": "weight of the alignment with the time-to-text extractor"}
+    )
+    peft: dict | str | None = field(
+        default=None, metadata={"help": "fields of peft's LoraConfig: train an adapter alone"}
+    )
+
+    def __post_init__(self):
+        if (self.model_config is None) == (self.model_name_or_path is None):
+            raise ValueError(
+                "give one of model_config (to train from scratch) and model_name_or_path (to continue), "
+                f"got {self.model_config} and {self.model_name_or_path}"
+            )
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if given and self.model_name_or_path is not None:
+            raise ValueError(f"{given[0]} is that of the checkpoint {self.model_name_or_path}")
+
+
+@dataclass
+class ObjectiveArguments:
+    task: str = field(default="regression", metadata={"help": f"head to train: {', '.join(TASK_NAMES)}"})
+    horizons: list[int] | None = field(
+        default=None, metadata={"help": "trading days ahead, in place of config.json's"}
+    )
+    path_length: int = field(default=10, metadata={"help": "days after the context that causal_lm continues with"})
+    balance: list[str] | None = field(
+        default=None, metadata={"help": f"let each weigh the same: {', '.join(BALANCES)}, or both"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "evaluations without a better metric_for_best_model"}
+    )
+
+    def __post_init__(self):
+        if self.task not in TASK_NAMES:
+            raise ValueError(f"task must be one of {', '.join(TASK_NAMES)}, got {self.task!r}")
+        if self.path_length < 1:
+            raise ValueError(f"path_length must be at least 1, got {self.path_length}")
+        unknown = [name for name in self.balance or () if name not in BALANCES]
+        if unknown:
+            raise ValueError(f"balance must be of {', '.join(BALANCES)}, got {unknown[0]!r}")
 
 
 @dataclass
@@ -53,20 +118,23 @@ class DataArguments:
             raise ValueError(f"prices and tickers are those of the dataset {self.dataset}: give one or the other")
 
 
-def parse_run(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+class Run(NamedTuple):
+    """All options of a training run."""
+
+    model: ModelArguments
+    data: DataArguments
+    objective: ObjectiveArguments
+    training: TrainingArguments
+
+
+def parse_run(argv: Sequence[str] | None = None) -> Run:
     """Reads `--config run.yaml` and the command line, which wins; a key that nobody reads is an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a YAML file")
-    parser = TrlParser((ModelArguments, DataArguments, TrainingArguments))
+    parser = TrlParser((ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments))
     parser.error = _refuse
-    model_args, data_args, training_args = parser.parse_args_and_config(argv)
-    if (model_args.model_config is None) == (model_args.model_name_or_path is None):
-        raise ValueError(
-            "give one of model_config (to train from scratch) and model_name_or_path (to continue), "
-            f"got {model_args.model_config} and {model_args.model_name_or_path}"
-        )
-    return model_args, data_args, training_args
+    return Run(*parser.parse_args_and_config(argv))
 
 
 def bare_parser(description: str) -> argparse.ArgumentParser:

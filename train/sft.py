@@ -1,25 +1,66 @@
-"""Supervised training of the forecaster on one or many tickers.
+"""Supervised training of a forecaster on one or many tickers.
 
-    accelerate launch train/sft.py --config recipes/tiny/sft.yaml [--tickers AAPL,MSFT] [--output_dir DIR]
+    accelerate launch train/sft.py --config recipes/tiny/sft.yaml [--task regression|classification|causal_lm]
+        [--dataset DIR | --prices FILE_OR_DIR --tickers AAPL,MSFT] [--output_dir DIR] [--resume_from_checkpoint true]
 
 The output folder is a model repository: it loads with `trust_remote_code=True` where this package is not installed.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.stocks import StockData, StocksConfig, StoredWindows, build_stocks, open_extractor, open_stocks
+from spaceexploreai.data.stocks import StockData, StocksConfig, build_stocks, open_extractor, open_stocks
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
-from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.train.arguments import DataArguments, ModelArguments, command, parse_run
+from spaceexploreai.train.arguments import (
+    SIZES,
+    DataArguments,
+    ModelArguments,
+    ObjectiveArguments,
+    Run,
+    command,
+    parse_run,
+)
+from spaceexploreai.train.tasks import TASKS, Task
+from spaceexploreai.train.trainer import SpaceExploreTrainer, balanced_weights
+
+# What makes the numbers that a network sees: another model must not be fed with them.
+STATISTICS = ("feature_names", "center", "spread", "clip")
+
+# --- the network's configuration ---
+
+
+def make_config(
+    model_args: ModelArguments, objective: ObjectiveArguments, extractor: SpaceExploreFeatureExtractor
+) -> SpaceExploreConfig:
+    """The configuration of the checkpoint to continue from, or of the recipe, with what the run sets in its place."""
+    own = {name: getattr(model_args, name) for name in (*SIZES, "t2t_loss_weight")} | {"horizons": objective.horizons}
+    fields = {name: value for name, value in own.items() if value is not None} | TASKS[objective.task].fields()
+    if model_args.model_name_or_path is not None:
+        config = SpaceExploreConfig.from_pretrained(model_args.model_name_or_path, **fields)
+    else:
+        with open(model_args.model_config) as file:
+            config = SpaceExploreConfig(**{"num_features": len(extractor.feature_names), **json.load(file), **fields})
+    if config.num_features != len(extractor.feature_names):
+        raise ValueError(
+            f"the network takes {config.num_features} features, the data have {len(extractor.feature_names)}"
+        )
+    if extractor.context_length > config.max_position_embeddings:
+        raise ValueError(
+            f"context_length {extractor.context_length} is longer than "
+            f"max_position_embeddings {config.max_position_embeddings}"
+        )
+    return config
+
+
+# --- the data ---
 
 
 def stocks_options(model_args: ModelArguments, data_args: DataArguments) -> dict:
@@ -35,25 +76,6 @@ def make_extractor(model_args: ModelArguments, data_args: DataArguments) -> Spac
     return StocksConfig(**stocks_options(model_args, data_args)).make_extractor()
 
 
-def make_config(model_args: ModelArguments, extractor: SpaceExploreFeatureExtractor) -> SpaceExploreConfig:
-    """Reads the network's configuration: of the checkpoint to continue from, or of the recipe."""
-    if model_args.model_name_or_path is not None:
-        config = SpaceExploreConfig.from_pretrained(model_args.model_name_or_path)
-    else:
-        with open(model_args.model_config) as file:
-            config = SpaceExploreConfig(**{"num_features": len(extractor.feature_names), **json.load(file)})
-    if config.num_features != len(extractor.feature_names):
-        raise ValueError(
-            f"the network takes {config.num_features} features, the data have {len(extractor.feature_names)}"
-        )
-    if extractor.context_length > config.max_position_embeddings:
-        raise ValueError(
-            f"context_length {extractor.context_length} is longer than "
-            f"max_position_embeddings {config.max_position_embeddings}"
-        )
-    return config
-
-
 def open_data(model_args: ModelArguments, data_args: DataArguments, config: SpaceExploreConfig) -> StockData:
     """The windows to train on, built from prices or as somebody built them before."""
     if data_args.dataset is None:
@@ -66,31 +88,31 @@ def open_data(model_args: ModelArguments, data_args: DataArguments, config: Spac
             f"{data_args.dataset} has {data.target} {data.horizons} steps ahead"
         )
     if model_args.model_name_or_path is not None:
-        check_statistics(data.extractor, model_args.model_name_or_path, data_args.dataset)
+        remedy = f"build it with --extractor {model_args.model_name_or_path}"
+        check_statistics(data.extractor, model_args.model_name_or_path, f"{data_args.dataset}: {remedy}")
     return data
 
 
-def check_statistics(extractor: SpaceExploreFeatureExtractor, checkpoint: str, dataset: str) -> None:
-    """Refuses a dataset that looks other to the network than what it was trained on."""
+def check_statistics(extractor: SpaceExploreFeatureExtractor, checkpoint: str, other: str) -> None:
+    """Refuses data that look other to the network than what it was trained on."""
     own = SpaceExploreFeatureExtractor.from_pretrained(checkpoint)
-    for name in ("feature_names", "center", "spread", "clip"):
+    for name in STATISTICS:
         if getattr(extractor, name) != getattr(own, name):
-            raise ValueError(
-                f"{name} of {dataset} is not that of {checkpoint}: build it with --extractor {checkpoint}"
-            )
+            raise ValueError(f"{name} of the checkpoint {checkpoint} is not that of {other}")
 
 
-def make_model(
-    model_args: ModelArguments, config: SpaceExploreConfig, windows: StoredWindows
-) -> SpaceExploreForRegression:
-    """The checkpoint to continue from, or a new network that starts from the marginal distribution of its targets."""
-    if model_args.model_name_or_path is not None:
-        model = SpaceExploreForRegression.from_pretrained(model_args.model_name_or_path, config=config)
+# --- the model ---
+
+
+def make_model(model_args: ModelArguments, config: SpaceExploreConfig, task: Task) -> PreTrainedModel:
+    """The checkpoint to continue from, or a new network; a head that is new starts from the marginal distribution."""
+    if model_args.model_name_or_path is None:
+        model, new = task.head(config), True
     else:
-        model = SpaceExploreForRegression(config)
-        targets = windows.scaled_targets(list(config.horizons))
-        quantiles = np.quantile(targets, config.quantile_levels, axis=0).T.astype(np.float32)
-        model.start_from_marginal(torch.from_numpy(targets.mean(axis=0)), torch.from_numpy(quantiles))
+        model, info = task.head.from_pretrained(model_args.model_name_or_path, config=config, output_loading_info=True)
+        new = any(not name.startswith("model.") for name in info["missing_keys"])
+    if new:
+        task.start(model)
     if config.t2t_loss_weight and not model.model.t2t.num_batches_tracked:
         raise ValueError(
             f"t2t_loss_weight={config.t2t_loss_weight} needs a trained time-to-text extractor; this one never was"
@@ -104,40 +126,82 @@ def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
         setattr(config, name, max(getattr(config, name) or "", dates.end.date().isoformat()))
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
-    """Trains; `training_args.output_dir` receives the intermediate checkpoints."""
-    set_seed(training_args.seed)
-    config = make_config(model_args, make_extractor(model_args, data_args))
-    with training_args.main_process_first(desc="the dataset"):  # the others find it in the cache
-        data = open_data(model_args, data_args, config)
-    if training_args.process_index == 0:
+# --- training ---
+
+
+def prepare(run: Run) -> tuple[SpaceExploreTrainer, StockData]:
+    """The trainer of a run, and its data."""
+    set_seed(run.training.seed)
+    config = make_config(run.model, run.objective, make_extractor(run.model, run.data))
+    with run.training.main_process_first(desc="the dataset"):  # the others find it in the cache
+        data = open_data(run.model, run.data, config)
+    if run.training.process_index == 0:
         print(data.cleaning, file=sys.stderr)
     record_cutoffs(config, data.split)
-    trainer = Trainer(
-        model=make_model(model_args, config, data.train),
-        args=training_args,
-        data_collator=collate_windows,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+    task = TASKS[run.objective.task](config, data, run.objective)
+    patience = run.objective.early_stopping_patience
+    trainer = SpaceExploreTrainer(
+        model=make_model(run.model, config, task),
+        args=run.training,
+        data_collator=task.collate,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
         processing_class=data.extractor,
+        compute_metrics=task.score,
+        preprocess_logits_for_metrics=task.reduce,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+        weights=balanced_weights(task.train, run.objective.balance) if run.objective.balance else None,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    return trainer, data
+
+
+def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor) -> str | None:
+    """The folder that training goes on from, of the same data; `true` names the newest in the output folder."""
+    given = run.training.resume_from_checkpoint
+    if given in (None, False, "false"):
+        return None
+    output = run.training.output_dir
+    folder = get_last_checkpoint(output) if given in (True, "true") and os.path.isdir(output) else given
+    if not isinstance(folder, str) or not Path(folder, "trainer_state.json").is_file():
+        raise ValueError(f"there is no checkpoint to resume from in {output if folder in (None, True) else folder}")
+    check_statistics(extractor, folder, "the data it is to be trained on")
+    return folder
+
+
+def check_writable(folder: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder):
+        pass
+
+
+def train(run: Run) -> Trainer:
+    """Trains; `output_dir` receives the intermediate checkpoints."""
+    trainer, data = prepare(run)
+    checkpoint = checkpoint_to_resume(run, data.extractor)
+    check_writable(run.training.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
 def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
-    """Writes the model repository: weights, configurations and code."""
+    """Writes the model repository: weights, configurations and code, each file whole or not at all."""
+    if not trainer.is_world_process_zero():
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(trainer.model, task.head)), None)
     # Not trainer.save_model, which adds a pickle of the arguments.
-    if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+    with TemporaryDirectory(dir=folder) as temporary:
+        for part in (trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, tokenizer):
+            if part is not None:
+                part.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            os.replace(path, Path(folder, path.name))
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, training_args = parse_run(argv)
-    trainer = train(model_args, data_args, training_args)
-    save_checkpoint(trainer, training_args.output_dir)
+    run = parse_run(argv)
+    save_checkpoint(train(run), run.training.output_dir)
 
 
 if __name__ == "__main__":

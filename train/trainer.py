@@ -1,0 +1,150 @@
+"""Trainer with what it has no option for: balanced windows, the experts' load, and a name for what broke a loss."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+
+from spaceexploreai.data.stocks import StoredWindows
+
+
+class SpaceExploreTrainer(Trainer):
+    """Trains one of the heads on windows.
+
+    Args:
+        weights: (N,) relative frequency of each training window; all alike by default.
+    """
+
+    def __init__(self, *args, weights: np.ndarray | None = None, train_dataset=None, data_collator=None, **kwargs):
+        self.weights = weights
+        self.loads = []
+        super().__init__(
+            *args, train_dataset=Numbered(train_dataset), data_collator=NumberedCollator(data_collator), **kwargs
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        if self.weights is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BalancedSampler(self.weights, seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rows = inputs.pop("row", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            if not torch.isfinite(loss):
+                raise ValueError(self.explain(model, inputs, rows, loss))
+            self.record_load(model, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def explain(self, model, inputs: dict[str, torch.Tensor], rows: torch.Tensor, loss: torch.Tensor) -> str:
+        """Which windows of the batch have a loss that is no number, each by itself."""
+        with torch.no_grad():
+            alone = [model(**{name: value[[one]] for name, value in inputs.items()}).loss for one in range(len(rows))]
+        broken = [row for row, one in zip(rows.tolist(), alone, strict=True) if not torch.isfinite(one)]
+        windows = ", ".join(self.train_dataset.name(row) for row in (broken or rows.tolist())[:5])
+        return f"the loss is {loss.item()} at step {self.state.global_step + 1}, of the windows {windows}"
+
+    def record_load(self, model, inputs: dict[str, torch.Tensor], outputs) -> None:
+        if outputs.get("router_logits"):
+            head = self.accelerator.unwrap_model(model)
+            self.loads.append(head.expert_load(outputs["router_logits"], inputs.get("attention_mask")))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds how far the experts are from balance, where their share of the choices would be 1 of this."""
+        if self.loads and "loss" in logs:
+            load = torch.stack(self.loads).mean(dim=0) * self.loads[0].shape[-1]
+            logs |= {"expert_load_max": load.max().item(), "expert_load_min": load.min().item()}
+            self.loads.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        existed = folder.exists()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # A half-written one would be taken for the newest when training is resumed.
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"cannot write {folder}: {error}") from error
+
+
+class Numbered(Dataset):
+    """Windows with their numbers."""
+
+    def __init__(self, windows: Dataset):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[int, dict]:
+        return index, self.windows[index]
+
+    def name(self, index: int) -> str:
+        which, first, last, _ = self.windows.rows[index].tolist()
+        stored = self.windows if isinstance(self.windows, StoredWindows) else self.windows.windows
+        history = stored.series.steps(which, first, last + 1)
+        first, last = (np.datetime_as_string(day, unit="D") for day in history.dates[[0, -1]])
+        return f"{history.ticker} {first} to {last}"
+
+
+class NumberedCollator:
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, examples: list) -> dict[str, torch.Tensor]:
+        if not isinstance(examples[0], tuple):  # of evaluation
+            return self.collate(examples)
+        rows, examples = zip(*examples, strict=True)
+        return {**self.collate(list(examples)), "row": torch.tensor(rows)}
+
+
+class BalancedSampler(Sampler):
+    """As many draws an epoch as there are windows, each as often as its weight says, in a random order.
+
+    Systematic sampling: a window comes floor or ceil of its expected number of times. The order depends on seed and
+    epoch alone, so that all processes share it and a resumed run goes on with it.
+    """
+
+    def __init__(self, weights: np.ndarray, seed: int):
+        self.shares = np.cumsum(weights / weights.sum()) * len(weights)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        points = generator.random() + np.arange(len(self))
+        drawn = np.searchsorted(self.shares, points, side="right").clip(max=len(self) - 1)
+        return iter(generator.permutation(drawn).tolist())
+
+
+def balanced_weights(windows: StoredWindows, balance: list[str]) -> np.ndarray:
+    """(N,) weights that let each ticker, or each year, weigh the same; of both, the product."""
+    groups = {"ticker": windows.rows[:, 0], "year": years_of(windows)}
+    weights = np.ones(len(windows))
+    for name in balance:
+        _, group, counts = np.unique(groups[name], return_inverse=True, return_counts=True)
+        weights /= counts[group]
+    return weights
+
+
+def years_of(windows: StoredWindows) -> np.ndarray:
+    """(N,) year of each window's last step."""
+    years = np.empty(len(windows), dtype=int)
+    for which in np.unique(windows.rows[:, 0]).tolist():
+        rows = windows.rows[:, 0] == which
+        years[rows] = windows.series[which].dates[windows.rows[rows, 2]].astype("datetime64[Y]").astype(int)
+    return years
