@@ -1,7 +1,7 @@
 # Copyright 2026 The SpaceExploreAI contributors. Licensed under the MIT License.
 """Raw OHLCV bars to model inputs and forecasts back to prices: the only door in and out of the network."""
 
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -129,21 +129,31 @@ def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, complaint: str) ->
 # --- the calendar ----------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+_CALENDARS = {}  # by name, of all years that were asked for: making one takes a quarter of a second
+
+
 def exchange_calendar(calendar: str, first_year: int, last_year: int):
-    """The `exchange_calendars` calendar of whole years, so that repeated calls share one."""
+    """The `exchange_calendars` calendar of these years and maybe more."""
     if exchange_calendars is None:
         raise ImportError("dates of a forecast need the trading calendar: pip install exchange_calendars")
+    known = _CALENDARS.get(calendar)
+    if known is not None:
+        if known.first_session.year <= first_year and last_year <= known.last_session.year:
+            return known
+        first_year, last_year = min(first_year, known.first_session.year), max(last_year, known.last_session.year)
     try:
-        return exchange_calendars.get_calendar(calendar, start=f"{first_year}-01-01", end=f"{last_year}-12-31")
+        known = exchange_calendars.get_calendar(calendar, start=f"{first_year}-01-01", end=f"{last_year}-12-31")
     except exchange_calendars.errors.InvalidCalendarName as error:
         raise ValueError(f"calendar {calendar!r} is not known to exchange_calendars") from error
+    _CALENDARS[calendar] = known
+    return known
 
 
 def sessions_of_years(calendar: str, first: pd.Timestamp, last: pd.Timestamp) -> np.ndarray:
     """All sessions of the years from that of `first` to that of `last`, datetime64[ns]."""
     years = pd.Timestamp(first).year, pd.Timestamp(last).year
-    return exchange_calendar(calendar, *years).sessions.to_numpy("datetime64[ns]")
+    sessions = exchange_calendar(calendar, *years).sessions
+    return sessions[sessions.slice_indexer(*map(str, years))].to_numpy("datetime64[ns]")
 
 
 def following_sessions(calendar: str, cutoffs: pd.Series, horizons: list[int]) -> np.ndarray:
@@ -263,13 +273,14 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             One row per bar: `ticker, date, <feature_names>`, float32, NaN where undefined.
         """
         prices = validate_prices(prices)
-        values = np.empty((len(prices), len(self.feature_names)), dtype=np.float32)
+        # As pandas keeps a table: column by column.
+        values = np.empty((len(self.feature_names), len(prices)), dtype=np.float32)
         tickers = prices.groupby("ticker", sort=False)
         for _, bars in tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
-            values[bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, self.feature_names)
+            values[:, bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, self.feature_names).T
         for name, column in compute_panel(prices, self.feature_names):
-            values[:, self.feature_names.index(name)] = column
-        features = pd.DataFrame(values, columns=self.feature_names, copy=False)
+            values[self.feature_names.index(name)] = column
+        features = pd.DataFrame(values.T, columns=self.feature_names, copy=False)
         features.insert(0, "ticker", prices["ticker"])
         features.insert(1, "date", prices["date"])
         return features
@@ -277,12 +288,15 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
     def fit(self, features: pd.DataFrame) -> "SpaceExploreFeatureExtractor":
         """Takes the statistics of normalisation from `compute_features` rows, which must be those of the training
         split alone. Undefined values are left out; a column without any spread is only centred."""
+        return self.fit_columns(features[name].to_numpy() for name in self.feature_names)
+
+    def fit_columns(self, columns: Iterable[np.ndarray]) -> "SpaceExploreFeatureExtractor":
+        """As `fit`, one column after the other in the order of `feature_names`."""
         center, spread = [], []
-        for name in self.feature_names:
-            values = features[name].to_numpy(np.float64)
+        for name, values in zip(self.feature_names, columns, strict=True):
             if np.isnan(values).all():
                 raise ValueError(f"feature {name!r} has no value in the training split")
-            middle, width = _STATISTICS[self.normalization](values)
+            middle, width = _STATISTICS[self.normalization](values.astype(np.float64))
             center.append(float(middle))
             # The standard deviation of a constant is a rounding error, not zero.
             spread.append(float(width) if width > 1e-12 * max(abs(middle), 1.0) else 1.0)
@@ -311,7 +325,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
                 scale = ewma_volatility(bars["close"], min_periods=VOLATILITY_BARS).to_numpy(np.float32)
                 dates, close = known["date"].to_numpy(), known["close"].to_numpy()
                 values = features[known.index[0] : known.index[-1] + 1][self.feature_names].to_numpy()
-                rows = ((values - center) / spread).clip(-self.clip, self.clip).astype(np.float32)
+                rows = ((values - center) / spread).clip(-self.clip, self.clip).astype(np.float32, order="C")
                 encoded = EncodedSeries(ticker, dates, close, rows, scale[VOLATILITY_BARS:])
                 series.append(with_missing_sessions(encoded, self.calendar))
         return series

@@ -249,7 +249,8 @@ def directional_indicators(bars: Bars) -> tuple[np.ndarray, np.ndarray]:
     """Wilder's +DI and -DI over 14 days, as parts of one."""
     up, down = bars.high - lag(bars.high, 1), lag(bars.low, 1) - bars.low
     moves = np.where((up > down) & (up > 0), up, 0.0), np.where((down > up) & (down > 0), down, 0.0)
-    return tuple(_wilder_sum(move, 14) / _wilder_sum(price_range(bars), 14) for move in moves)
+    ranges = _wilder_sum(price_range(bars), 14)
+    return tuple(_wilder_sum(move, 14) / ranges for move in moves)
 
 
 def _wilder_sum(values: np.ndarray, window: int) -> np.ndarray:
@@ -293,8 +294,12 @@ def parabolic_stop(bars: Bars) -> np.ndarray:
     low, high = upright if sign > 0 else inverted
     stop, extreme, acceleration, stops = low[0], high[:2][-1], 0.02, [np.nan]
     for day in range(1, len(low)):
-        # Never within the range of the two days before.
-        stop = min(stop + acceleration * (extreme - stop), low[day - 1], low[max(day - 2, 0)])
+        stop += acceleration * (extreme - stop)
+        # Never within the range of the two days before. Not by min(), whose calls take longer than all the rest.
+        if low[day - 1] < stop:
+            stop = low[day - 1]
+        if day > 1 and low[day - 2] < stop:
+            stop = low[day - 2]
         if high[day] > extreme:
             extreme, acceleration = high[day], min(acceleration + 0.02, 0.2)
         if low[day] < stop:

@@ -116,14 +116,14 @@ def compute_indicators(bars: pd.DataFrame, names: list[str]) -> np.ndarray:
     """
     check_names(names)
     ticker = Bars(bars)
-    values = np.full((len(bars), len(names)), np.nan)
+    values = np.full((len(names), len(bars)), np.nan)
     # Divisions by zero are undefined values here, and undefined values are NaN.
     with np.errstate(divide="ignore", invalid="ignore"):
         for column, name in enumerate(names):
             if not INDICATORS[name].panel:
-                values[:, column] = _column(name, ticker, (len(bars),))
+                values[column] = _column(name, ticker, (len(bars),))
     values[~np.isfinite(values)] = np.nan
-    return values
+    return values.T
 
 
 def check_names(names: list[str]) -> None:
@@ -328,7 +328,7 @@ def ewma_volatility(close: pd.Series, alpha: float = 0.06, min_periods: int = 20
         (T,) volatility in units of daily log-return, never below 1e-4 (a halted price has no volatility to divide by).
     """
     squared = np.log(close).diff() ** 2
-    return np.sqrt(squared.ewm(alpha=alpha, min_periods=min_periods).mean()).clip(lower=1e-4)
+    return np.maximum(np.sqrt(squared.ewm(alpha=alpha, min_periods=min_periods).mean()), 1e-4)
 
 
 @shared

@@ -242,29 +242,26 @@ def volatility_ratio(bars):
     return realized_volatility(bars, 5) - realized_volatility(bars, 21)
 
 
-def _moments(bars: Bars, window: int) -> list[np.ndarray]:
-    """Second to fourth central moments of daily returns."""
+def _moments(bars: Bars, window: int, highest_order: int) -> list[np.ndarray]:
+    """Means of the powers of daily returns, from the first to the third or fourth."""
     returns, squares = daily_return(bars), squared_return(bars)
     powers = (returns, squares, squares * returns, squares * squares)
-    first, second, third, fourth = (rolling_mean(power, window) for power in powers)
-    return [
-        second - first**2,
-        third - 3 * first * second + 2 * first**3,
-        fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4,
-    ]
+    return [rolling_mean(power, window) for power in powers[:highest_order]]
 
 
 @indicator("market_regime", windows=(10, 20, 60))
 def return_skew(bars, window):
     """Skewness of daily returns."""
-    variance, third, _ = _moments(bars, window)
+    first, second, third = _moments(bars, window, 3)
+    variance, third = second - first**2, third - 3 * first * second + 2 * first**3
     return third / variance**1.5 * (window * (window - 1)) ** 0.5 / (window - 2)
 
 
 @indicator("market_regime", windows=(10, 20, 60))
 def return_kurtosis(bars, window):
     """Excess kurtosis of daily returns, its logarithm on either side of zero."""
-    variance, _, fourth = _moments(bars, window)
+    first, second, third, fourth = _moments(bars, window, 4)
+    variance, fourth = second - first**2, fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
     excess = (window + 1) * fourth / variance**2 - 3 * (window - 1)
     excess = excess * (window - 1) / ((window - 2) * (window - 3))
     return np.sign(excess) * np.log1p(np.abs(excess))

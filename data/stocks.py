@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import (
     ArrowBasedBuilder,
@@ -311,8 +312,9 @@ def days_of(dates: np.ndarray) -> np.ndarray:
 
 def indicator_columns(num_features: int, num_horizons: int) -> Features:
     bars = {name: List(Value("float64")) for name in (*PRICE_COLUMNS, "volume")}
-    rows = List(List(Value("float64"), length=num_features))
-    return Features({"ticker": Value("string"), "dates": List(Value("date32")), **bars, "indicators": rows})
+    # Column by column, as statistics are taken: one of all tickers fits in memory, the table may not.
+    indicators = {str(number): List(Value("float32")) for number in range(num_features)}
+    return Features({"ticker": Value("string"), "dates": List(Value("date32")), **bars, **indicators})
 
 
 def indicator_splits(builder: Stocks) -> dict[str, dict]:
@@ -320,37 +322,37 @@ def indicator_splits(builder: Stocks) -> dict[str, dict]:
     calendar = config.make_extractor().calendar
     prices, report = read_clean(config.prices, config.tickers, calendar, config.strict, config.fill)
     builder.beside[METADATA_NAME] = {"cleaning": report.to_dict()}
-    bars = [frame for _, frame in prices.groupby("ticker", sort=False)]
     # Columns of the panel need all tickers at once; then neither memory nor processes can be saved.
     names = builder.config.make_extractor().feature_names
     together = any(INDICATORS[name].panel for name in names if name in INDICATORS)
-    groups = [prices] if together else [pd.concat(group, ignore_index=True) for group in groups_of(bars)]
-    return {HISTORY: {"groups": groups}}
+    starts = [0] if together else first_rows(prices)[::TICKERS_PER_BATCH]
+    return {HISTORY: {"groups": [prices[start:stop] for start, stop in pairwise([*starts, len(prices)])]}}
+
+
+def first_rows(prices: pd.DataFrame) -> np.ndarray:
+    """Where each ticker begins."""
+    return np.flatnonzero(prices["ticker"] != prices["ticker"].shift())
 
 
 def indicator_rows(config: StocksConfig, bars: pd.DataFrame) -> dict:
     extractor = config.make_extractor()
-    features = extractor.compute_features(bars)[extractor.feature_names].to_numpy()
-    starts = np.flatnonzero(bars["ticker"].ne(bars["ticker"].shift()))[1:]
-    columns = {name: nested(np.split(bars[name].to_numpy(), starts)) for name in (*PRICE_COLUMNS, "volume")}
-    return {
-        "ticker": bars["ticker"].unique(),
-        "dates": nested(np.split(days_of(bars["date"].to_numpy()), starts)),
-        **columns,
-        "indicators": nested(np.split(features, starts)),
-    }
+    features, starts = extractor.compute_features(bars), first_rows(bars)[1:]
+    columns = {"dates": days_of(bars["date"].to_numpy())}
+    columns |= {name: bars[name].to_numpy() for name in (*PRICE_COLUMNS, "volume")}
+    columns |= {str(number): features[name].to_numpy() for number, name in enumerate(extractor.feature_names)}
+    lists = {name: nested(np.split(column, starts)) for name, column in columns.items()}
+    return {"ticker": bars["ticker"].unique(), **lists}
 
 
 def to_frames(indicators: Dataset, rows: Sequence[int], names: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Price table and features of some tickers, as `compute_features` takes and gives them."""
     table = pa.concat_tables([indicators.data.fast_slice(row, 1) for row in rows]).combine_chunks()
-    lengths = table["dates"].combine_chunks().value_lengths().to_numpy()
+    lengths = pc.list_value_length(table["dates"]).to_numpy()
     prices = pd.DataFrame({"ticker": np.repeat(np.array(table["ticker"].to_pylist(), dtype=object), lengths)})
     prices["date"] = to_dates(flat(table["dates"]))
     for name in (*PRICE_COLUMNS, "volume"):
         prices[name] = flat(table[name])
-    features = pd.DataFrame(flat(table["indicators"]), columns=names)
-    return prices, features.assign(date=prices["date"])
+    return prices, pd.DataFrame({name: flat(table[str(number)]) for number, name in enumerate(names)})
 
 
 def flat(column: pa.ChunkedArray | pa.ListArray) -> np.ndarray:
@@ -394,8 +396,8 @@ def series_splits(builder: Stocks) -> dict[str, dict]:
     # Not save_pretrained, which adds code.
     builder.beside[FEATURE_EXTRACTOR_NAME] = extractor.to_dict()
     builder.beside[METADATA_NAME] = {**describe(config, split), **builder._metadata("indicators")}
-    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in indicators.data["dates"].chunks])
-    rows = list(enumerate(np.flatnonzero(lengths > VOLATILITY_BARS).tolist()))
+    long = pc.list_value_length(indicators.data["dates"]).to_numpy() > VOLATILITY_BARS
+    rows = list(enumerate(np.flatnonzero(long).tolist()))
     if not rows:
         raise ValueError(f"no ticker has more than {VOLATILITY_BARS} bars, which its volatility needs to be known")
     return {HISTORY: {"groups": groups_of(rows), "indicators": indicators, "extractor": extractor}}
@@ -412,11 +414,10 @@ def fitted_extractor(config: StocksConfig, indicators: Dataset, train: DateRange
     if extractor.center is not None:
         return extractor
     rows = np.unique(np.linspace(0, len(indicators) - 1, FIT_TICKERS).round().astype(int))
-    parts = []
-    for group in groups_of(rows):
-        _, features = to_frames(indicators, group, extractor.feature_names)
-        parts.append(features[features["date"] <= train.end])
-    return extractor.fit(pd.concat(parts, ignore_index=True))
+    seen = to_dates(flat(indicators.data["dates"].take(rows))) <= train.end
+    return extractor.fit_columns(
+        flat(indicators.data[str(number)].take(rows))[seen] for number in range(len(extractor.feature_names))
+    )
 
 
 def series_rows(

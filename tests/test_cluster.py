@@ -272,7 +272,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(yahoo, columns, threads, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--feature-groups", "price,relation"], "column 'beta_market_20' compares tickers with each other"),
+        (["--feature-groups", "price,relation"], "column 'return_rank_1' compares tickers with each other"),
         (["--strict"], "T0 to T8: T7 2005-01-03: close nan"),
         (["--tickers", "T9"], "T9: unknown ticker 'T9'"),
         (["--stride", "65"], "a stride of 65 is longer than the context_length of 64"),

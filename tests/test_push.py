@@ -234,6 +234,7 @@ def test_a_push_that_fails_leaves_the_built_folder_and_the_repository(hub, build
     assert "Traceback" not in errors
     built = contents(tmp_path / "built")
     assert {"README.md", "stocks.json"} < set(built)
+    assert [repository.private for repository in hub.repositories.values()] in ([], [True])
     assert ("datasets", DATASET) not in hub.repositories or pushed(hub) == {}
     hub.troubles.clear()
     assert build(*command)[0] == 0

@@ -155,7 +155,7 @@ class Classification(Task):
                 f"base_rate_{name}": np.bincount(true, minlength=3).max() / len(true),
                 f"rank_ic_{name}": rank_ic(y, probabilities[:, 2] - probabilities[:, 0], dates),
             }
-        return with_average({key: float(value) for key, value in metrics.items()}, "log_loss_skill")
+        return with_average(metrics, "log_loss_skill")
 
 
 class CausalLM(Task):
@@ -207,8 +207,10 @@ class CausalLM(Task):
 
 
 def with_average(metrics: dict[str, float], name: str) -> dict[str, float]:
-    """Adds the mean over the horizons, by which a checkpoint can be chosen."""
-    return {name: float(np.mean([metrics[key] for key in metrics if key.startswith(f"{name}_")])), **metrics}
+    """Adds the mean over the horizons, by which a checkpoint can be chosen; without what is undefined, as is the rank
+    correlation of a few tickers."""
+    average = np.mean([metrics[key] for key in metrics if key.startswith(f"{name}_")])
+    return {key: float(value) for key, value in {name: average, **metrics}.items() if np.isfinite(value)}
 
 
 TASKS: dict[str, type[Task]] = {"regression": Regression, "classification": Classification, "causal_lm": CausalLM}

@@ -1,0 +1,260 @@
+"""Streams as training reads them: memory stays level, processes share the windows out, a run goes on where it was."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from conftest import make_market
+from datasets.distributed import split_dataset_by_node
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, set_seed
+
+from spaceexploreai.benchmarks import stream
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.data.collators import collate_windows
+from spaceexploreai.data.prices import write_table
+from spaceexploreai.data.stocks import open_stocks, stream_windows
+from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
+from spaceexploreai.scripts import build_dataset
+
+CONTEXT, BATCH = 16, 8
+MB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing is read from or left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        datasets.disable_progress_bars()
+        yield
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("columns")
+    extractor = SpaceExploreFeatureExtractor(feature_names=["gap", "body", "rsi_14"], context_length=CONTEXT)
+    extractor.to_json_file(folder / "preprocessor_config.json")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[4, 3], ids=["even", "odd"])
+def folder(request, columns, tmp_path_factory) -> Path:
+    """Eight tickers in an even or odd number of files."""
+    target = tmp_path_factory.mktemp("published") / "market"
+    write_table(make_market(tickers=8, days=300), target.parent / "prices.parquet")
+    data = ["--prices", str(target.parent / "prices.parquet"), "--extractor", str(columns), "--config", "sft"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_dataset, "TICKERS_PER_FILE", -(-8 // request.param))
+        build_dataset.main([*data, "--output-dir", str(target), "--stride", "5"])
+    assert len(list((target / "series").iterdir())) == request.param
+    return target
+
+
+# --- memory ---
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A market whose windows are many times what one file holds."""
+    target = tmp_path_factory.mktemp("large") / "market"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_dataset, "TICKERS_PER_FILE", 4)
+        stream.make_market(target, 200, 700, "--stride", "4")
+    return target
+
+
+def test_a_simulated_market_has_its_tickers_under_many_names(large):
+    """As many files as such a market has, each a whole one."""
+    assert len(list((large / "series").iterdir())) == len(list((large / "sft").glob("train-*"))) == 50
+    windows = stream_windows(str(large), "train")
+    assert windows.num_shards == 50
+    assert sum(1 for _ in windows) == stream.count_windows(large) > 20_000
+
+
+def growth(quarters: list[stream.Quarter]) -> float:
+    return (quarters[-1].memory - quarters[0].memory) / MB
+
+
+def test_memory_stays_level_and_the_watch_sees_what_is_kept(large):
+    total = stream.count_windows(large)
+    batches = stream.training_input(large, batch_size=64, num_workers=0)
+    quarters = stream.watch(batches, total)
+    assert sum(quarter.windows for quarter in quarters) == total
+    kept = []
+    leak = stream.watch((kept.append(batch) or batch for batch in batches), total)
+    streamed = sum(batch["past_values"].nbytes for batch in kept) / MB
+    assert streamed > 300
+    assert growth(leak) > streamed / 2
+    assert growth(quarters) < streamed / 20
+
+
+# --- Trainer ---
+
+
+def make_trainer(dataset, output: Path, steps: int, **options) -> Trainer:
+    set_seed(0)
+    recipe = json.loads(stream.RECIPE.read_text(encoding="utf-8"))
+    # Without dropout nothing but the windows and their order decides.
+    own = {"num_features": 3, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    model = SpaceExploreForRegression(SpaceExploreConfig(**{**recipe, **own}))
+    arguments = TrainingArguments(
+        output,
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **{"save_strategy": "no", **options},
+    )
+    return Trainer(model, arguments, collate_windows, dataset)
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accelerator_config": {"dispatch_batches": False}}, {"dataloader_num_workers": 1}]
+)
+def test_training_from_a_stream_is_training_from_the_windows_in_order(folder, tmp_path, options):
+    streamed = make_trainer(stream_windows(str(folder), "train"), tmp_path, 5, **options)
+    stored = make_trainer(open_stocks(str(folder)).train, tmp_path, 5, train_sampling_strategy="sequential")
+    before = weights(stored)
+    for trainer in (streamed, stored):
+        trainer.train()
+    assert not torch.equal(weights(stored), before)
+    assert torch.equal(weights(streamed), weights(stored))
+
+
+@pytest.mark.parametrize("passes", [1, None])
+def test_a_run_goes_on_where_it_was(folder, tmp_path, passes):
+    """Trainer reads again what it had seen and passes over it: within one pass over the files, or one without an end."""
+    (whole, half, again) = (
+        make_trainer(
+            stream_windows(str(folder), "train").take(4 * BATCH).repeat(passes),
+            tmp_path,
+            9,
+            save_strategy=kind,
+            save_steps=6,
+        )
+        for kind in ("no", "steps", "no")
+    )
+    whole.train()
+    half.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.state.global_step == 9
+    assert torch.equal(weights(again), weights(whole)) == (passes is None)
+
+
+@settings(max_examples=8, deadline=None)
+@given(epoch=st.integers(0, 9), buffer_size=st.integers(1, 400), seed=st.integers(0, 99))
+def test_every_pass_has_every_window_once_in_an_order_of_its_own(folder, epoch, buffer_size, seed):
+    plain = stream_windows(str(folder), "train")
+    mixed = plain.shuffle(seed=seed, buffer_size=buffer_size)
+    mixed.set_epoch(epoch)
+    expected, found = keys_of(collate_windows(list(plain))), keys_of(collate_windows(list(mixed)))
+    assert not np.array_equal(found, expected)
+    np.testing.assert_array_equal(np.unique(found, axis=0), np.unique(expected, axis=0))
+
+
+# --- two processes ---
+
+
+def keys_of(batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """What tells windows apart: their last step. (B, F + 1 + H), NaN as zero."""
+    last = [batch["past_values"][:, -1], batch["scale"][:, -1:], batch["labels"][:, -1]]
+    return torch.cat(last, dim=1).nan_to_num().numpy()
+
+
+def prepared(options: dict, stream: datasets.IterableDataset) -> DataLoader:
+    loader = DataLoader(stream, BATCH, collate_fn=collate_windows)
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options)).prepare(loader)
+
+
+def run_rank(folder: str, output: Path) -> None:
+    """What each of two processes does: `python -m torch.distributed.run … test_streaming.py FOLDER OUTPUT`."""
+    whole = stream_windows(folder, "train")
+    # Before accelerate hears of anything: the arguments say that it is to use the CPU.
+    trainer = make_trainer(whole, output, 15, accelerator_config={"dispatch_batches": False})
+    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    part = split_dataset_by_node(whole, rank, world_size)
+    loaders = {
+        "by_node": DataLoader(part, BATCH, collate_fn=collate_windows),
+        "by_files": prepared({"dispatch_batches": False}, whole),
+        "dispatched": prepared({"dispatch_batches": True}, whole),
+        "split": prepared({"dispatch_batches": False, "split_batches": True}, whole),
+        "twice": prepared({"dispatch_batches": False}, part),
+    }
+    found = {name: np.concatenate([keys_of(batch) for batch in loader]) for name, loader in loaders.items()}
+    trainer.train()
+    np.savez(output / f"{rank}.npz", world_size=world_size, weights=weights(trainer).numpy(), **found)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, tmp_path_factory) -> list[dict[str, np.ndarray]]:
+    output = tmp_path_factory.mktemp("ranks")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, __file__, str(folder), str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [dict(np.load(output / f"{rank}.npz")) for rank in (0, 1)]
+
+
+def rows(*parts: np.ndarray) -> list[tuple]:
+    return sorted(map(tuple, np.concatenate(parts).tolist()))
+
+
+@pytest.fixture(scope="module")
+def every(folder) -> list[tuple]:
+    windows = rows(keys_of(collate_windows(list(stream_windows(str(folder), "train")))))
+    assert len(set(windows)) == len(windows)
+    return windows
+
+
+@pytest.mark.parametrize("route", ["by_node", "by_files"])
+def test_two_processes_share_out_all_windows(ranks, every, route):
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    assert rows(*(rank[route] for rank in ranks)) == every
+    assert all(len(rank[route]) for rank in ranks)
+
+
+@pytest.mark.parametrize("route", ["dispatched", "split"])
+def test_batches_shared_out_repeat_windows_only_to_fill_the_last(ranks, every, route):
+    found = rows(*(rank[route] for rank in ranks))
+    assert set(found) == set(every)
+    assert 0 <= len(found) - len(every) < 2 * BATCH
+
+
+def test_sharing_out_twice_loses_windows(ranks, every):
+    """accelerate shares a stream out by itself: it must not get one that was split by node."""
+    found = rows(*(rank["twice"] for rank in ranks))
+    assert set(found) < set(every)
+
+
+def test_two_processes_train_one_network_from_parts_of_unlike_length(ranks):
+    """One of them begins another pass while the other is in its first."""
+    one, other = (rank["weights"] for rank in ranks)
+    np.testing.assert_array_equal(one, other)
+    assert np.isfinite(one).all()
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[1], Path(sys.argv[2]))
