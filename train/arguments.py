@@ -61,12 +61,12 @@ class ModelArguments:
 
 
 @dataclass
-class ObjectiveArguments:
-    task: str = field(default="regression", metadata={"help": f"head to train: {', '.join(TASK_NAMES)}"})
+class CommonArguments:
+    """Of every run, whatever it trains."""
+
     horizons: list[int] | None = field(
         default=None, metadata={"help": "trading days ahead, in place of config.json's"}
     )
-    path_length: int = field(default=10, metadata={"help": "days after the context that causal_lm continues with"})
     balance: list[str] | None = field(
         default=None, metadata={"help": f"let each weigh the same: {', '.join(BALANCES)}, or both"}
     )
@@ -75,13 +75,22 @@ class ObjectiveArguments:
     )
 
     def __post_init__(self):
+        unknown = [name for name in self.balance or () if name not in BALANCES]
+        if unknown:
+            raise ValueError(f"balance must be of {', '.join(BALANCES)}, got {unknown[0]!r}")
+
+
+@dataclass
+class ObjectiveArguments(CommonArguments):
+    task: str = field(default="regression", metadata={"help": f"head to train: {', '.join(TASK_NAMES)}"})
+    path_length: int = field(default=10, metadata={"help": "days after the context that causal_lm continues with"})
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.task not in TASK_NAMES:
             raise ValueError(f"task must be one of {', '.join(TASK_NAMES)}, got {self.task!r}")
         if self.path_length < 1:
             raise ValueError(f"path_length must be at least 1, got {self.path_length}")
-        unknown = [name for name in self.balance or () if name not in BALANCES]
-        if unknown:
-            raise ValueError(f"balance must be of {', '.join(BALANCES)}, got {unknown[0]!r}")
 
 
 @dataclass
@@ -123,16 +132,16 @@ class Run(NamedTuple):
 
     model: ModelArguments
     data: DataArguments
-    objective: ObjectiveArguments
+    objective: CommonArguments
     training: TrainingArguments
 
 
-def parse_run(argv: Sequence[str] | None = None) -> Run:
+def parse_run(argv: Sequence[str] | None = None, objective: type[CommonArguments] = ObjectiveArguments) -> Run:
     """Reads `--config run.yaml` and the command line, which wins; a key that nobody reads is an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a YAML file")
-    parser = TrlParser((ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments))
+    parser = TrlParser((ModelArguments, DataArguments, objective, TrainingArguments))
     parser.error = _refuse
     return Run(*parser.parse_args_and_config(argv))
 

@@ -21,9 +21,9 @@ from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.train.arguments import (
     SIZES,
+    CommonArguments,
     DataArguments,
     ModelArguments,
-    ObjectiveArguments,
     Run,
     command,
     parse_run,
@@ -38,7 +38,7 @@ STATISTICS = ("feature_names", "center", "spread", "clip")
 
 
 def make_config(
-    model_args: ModelArguments, objective: ObjectiveArguments, extractor: SpaceExploreFeatureExtractor
+    model_args: ModelArguments, objective: CommonArguments, extractor: SpaceExploreFeatureExtractor
 ) -> SpaceExploreConfig:
     """The configuration of the checkpoint to continue from, or of the recipe, with what the run sets in its place."""
     own = {name: getattr(model_args, name) for name in (*SIZES, "t2t_loss_weight")} | {"horizons": objective.horizons}
@@ -140,7 +140,7 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, StockData]:
     record_cutoffs(config, data.split)
     task = TASKS[run.objective.task](config, data, run.objective)
     patience = run.objective.early_stopping_patience
-    trainer = SpaceExploreTrainer(
+    trainer = task.trainer(
         model=make_model(run.model, config, task),
         args=run.training,
         data_collator=task.collate,
@@ -155,8 +155,8 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, StockData]:
     return trainer, data
 
 
-def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor) -> str | None:
-    """The folder that training goes on from, of the same data; `true` names the newest in the output folder."""
+def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor, config: SpaceExploreConfig) -> str | None:
+    """The folder that training goes on from, of the same data and network; `true` names the newest in `output_dir`."""
     given = run.training.resume_from_checkpoint
     if given in (None, False, "false"):
         return None
@@ -165,6 +165,13 @@ def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor) -> s
     if not isinstance(folder, str) or not Path(folder, "trainer_state.json").is_file():
         raise ValueError(f"there is no checkpoint to resume from in {output if folder in (None, True) else folder}")
     check_statistics(extractor, folder, "the data it is to be trained on")
+    # By way of JSON, which makes lists of tuples.
+    ours, theirs = (
+        json.loads(one.to_json_string(use_diff=False)) for one in (config, type(config).from_pretrained(folder))
+    )
+    for name in SpaceExploreConfig.__annotations__:  # the network's own, not what the library adds
+        if ours[name] != theirs[name]:
+            raise ValueError(f"{name} is {ours[name]}, that of the checkpoint {folder} {theirs[name]}")
     return folder
 
 
@@ -177,7 +184,7 @@ def check_writable(folder: str) -> None:
 def train(run: Run) -> Trainer:
     """Trains; `output_dir` receives the intermediate checkpoints."""
     trainer, data = prepare(run)
-    checkpoint = checkpoint_to_resume(run, data.extractor)
+    checkpoint = checkpoint_to_resume(run, data.extractor, trainer.model.config)
     check_writable(run.training.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer

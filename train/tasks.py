@@ -1,6 +1,7 @@
 """What each head is trained on, where it starts, and what is measured on the validation dates."""
 
-from functools import partial
+import math
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -9,18 +10,22 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import PathCollator, collate_windows
-from spaceexploreai.data.stocks import PathWindows, StockData
+from spaceexploreai.data.stocks import PathWindows, ReturnsWindows, StockData
 from spaceexploreai.data.windows import IGNORE_INDEX
 from spaceexploreai.evaluation.metrics import crps, crps_skill, direction_accuracy, mae, rank_ic
 from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForCausalLM,
     SpaceExploreForClassification,
     SpaceExploreForRegression,
+    SpaceExploreForTimeToText,
 )
+from spaceexploreai.t2t_spaceexplore import WORDS, word_labels
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
-from spaceexploreai.train.arguments import ObjectiveArguments
+from spaceexploreai.train.arguments import CommonArguments
+from spaceexploreai.train.trainer import SpaceExploreTrainer, TimeToTextTrainer
 
-# Shapes: N windows, S scored steps of each, H horizons, Q quantiles, V tokens
+# Shapes: N windows, S scored steps of each, H horizons, Q quantiles, V tokens; P patches of L steps and F features, W
+# words
 
 
 class Task:
@@ -37,9 +42,10 @@ class Task:
     """
 
     head: type[PreTrainedModel]
+    trainer: type[SpaceExploreTrainer] = SpaceExploreTrainer
     tokenizer: SpaceExploreTokenizer | None = None
 
-    def __init__(self, config: SpaceExploreConfig, data: StockData, objective: ObjectiveArguments):
+    def __init__(self, config: SpaceExploreConfig, data: StockData, objective: CommonArguments):
         self.config, self.horizons = config, list(config.horizons)
         self.train, self.validation = data.train, data.validation
         self.collate = partial(collate_windows, length=data.extractor.context_length)
@@ -206,6 +212,83 @@ class CausalLM(Task):
         return counts / counts.sum()
 
 
+class TimeToText(Task):
+    """The values of hidden patches, and the words of the visible ones: training of the extractor, `train/t2t.py`."""
+
+    head = SpaceExploreForTimeToText
+    trainer = TimeToTextTrainer
+
+    def __init__(self, config, data, objective):
+        self.config, self.word_embeddings = config, objective.word_embeddings
+        self.train, self.validation = ReturnsWindows(data.train), ReturnsWindows(data.validation)
+        self.collate = partial(collate_windows, length=data.extractor.context_length)
+        self.check_patches(data.extractor.context_length)
+
+    @property
+    def stride(self) -> int:
+        return self.config.t2t_patch_length - self.config.t2t_patch_overlap
+
+    def check_patches(self, context_length: int) -> None:
+        length, ratio = self.config.t2t_patch_length, self.config.t2t_mask_ratio
+        count = 1 + max(0, math.ceil((context_length - length) / self.stride))
+        if count == max(1, round(count * (1 - ratio))):
+            raise ValueError(
+                f"context_length {context_length} leaves nothing to hide: of {count} patches of t2t_patch_length {length} "
+                f"t2t_mask_ratio {ratio} hides none"
+            )
+
+    def start(self, model):
+        if self.word_embeddings is not None:
+            model.model.t2t.load_word_embeddings(self.word_embeddings)
+
+    def reduce(self, outputs, labels):
+        """(N, 4) number of hidden steps, and sum over them of the squared errors of the network, of zero, and of the
+        mean of the visible steps; (N, P, W) log-probabilities of the words, NaN of hidden patches."""
+        reconstruction, word_logits, visible, patches, real, hidden = outputs
+        shown = (real & visible.unsqueeze(-1)).unsqueeze(-1)
+        mean = (patches * shown).sum((1, 2), keepdim=True) / shown.sum((1, 2), keepdim=True)
+        guesses = torch.stack([reconstruction, torch.zeros_like(patches), mean.expand_as(patches)]).float()
+        errors = torch.where(hidden, (guesses - patches).square().mean(-1), 0.0).sum((2, 3))  # (3, N)
+        log_probabilities = F.log_softmax(word_logits.float(), dim=-1)
+        sums = torch.cat([hidden.sum((1, 2)).unsqueeze(0), errors]).T
+        return sums, log_probabilities.masked_fill(~visible.unsqueeze(-1), torch.nan)
+
+    def score(self, prediction):
+        sums, log_probabilities = prediction.predictions
+        count, *errors = sums.sum(axis=0, dtype=np.float64)
+        network, zero, mean = (error / max(count, 1) for error in errors)
+        words = self.words(prediction.label_ids)
+        known = (words != IGNORE_INDEX) & np.isfinite(log_probabilities[..., 0])
+        words, log_probabilities = words[known], log_probabilities[known].astype(np.float64)
+        loss = -log_probabilities[np.arange(len(words)), words].mean()
+        metrics = {
+            "reconstruction": network,
+            "reconstruction_of_zero": zero,
+            "reconstruction_of_mean": mean,
+            "reconstruction_skill": 1 - network / min(zero, mean),
+            "word_log_loss": loss,
+            "word_log_loss_skill": 1 - loss / -np.log(self.shares)[words].mean(),
+            "word_accuracy": (log_probabilities.argmax(axis=1) == words).mean(),
+            "word_base_rate": np.bincount(words).max() / len(words),
+        }
+        return {name: float(value) for name, value in metrics.items()}
+
+    def words(self, returns: np.ndarray) -> np.ndarray:
+        """(N, T) returns to (N, P) indices of words."""
+        return word_labels(torch.from_numpy(returns), None, self.config.t2t_patch_length, self.stride).numpy()
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """(W,) shares of the words in the histories trained on, none of them zero."""
+        counts, rows = np.ones(len(WORDS)), self.train.rows
+        for which in np.unique(rows[:, 0]).tolist():
+            own = rows[rows[:, 0] == which]
+            returns = self.train.cut(which, own[:, 1].min(), own[:, 2].max() + 1)["returns"]
+            words = self.words(returns[None])
+            counts += np.bincount(words[words != IGNORE_INDEX], minlength=len(WORDS))
+        return counts / counts.sum()
+
+
 def with_average(metrics: dict[str, float], name: str) -> dict[str, float]:
     """Adds the mean over the horizons, by which a checkpoint can be chosen; without what is undefined, as is the rank
     correlation of a few tickers."""
@@ -213,4 +296,9 @@ def with_average(metrics: dict[str, float], name: str) -> dict[str, float]:
     return {key: float(value) for key, value in {name: average, **metrics}.items() if np.isfinite(value)}
 
 
-TASKS: dict[str, type[Task]] = {"regression": Regression, "classification": Classification, "causal_lm": CausalLM}
+TASKS: dict[str, type[Task]] = {
+    "regression": Regression,
+    "classification": Classification,
+    "causal_lm": CausalLM,
+    "time_to_text": TimeToText,
+}

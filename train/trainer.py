@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -65,14 +67,53 @@ class SpaceExploreTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        existed = folder.exists()
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with told("write", folder):
+                super()._save_checkpoint(model, trial)
+        except OSError:
             # A half-written one would be taken for the newest when training is resumed.
-            if not existed:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"cannot write {folder}: {error}") from error
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with told("read", resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with told("read", checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with told("read", checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+class TimeToTextTrainer(SpaceExploreTrainer):
+    """Trains the time-to-text extractor. What its metrics need of a batch is not in the outputs alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_names = ["returns"]  # without a label by name, evaluation would have no loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The outputs, then the values of all patches (B, P, L, F), and which steps (B, P, L) are real and hidden."""
+        loss, outputs, returns = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs, head = self._prepare_inputs(inputs), self.accelerator.unwrap_model(model)
+        patches, real = head.model.t2t.cut(inputs["past_values"], inputs["attention_mask"])
+        _, _, visible = outputs
+        hidden = head.decoder.hidden_steps(real, visible, head.model.t2t.stride)
+        return loss, (*outputs, patches, real, hidden), returns
+
+
+@contextmanager
+def told(what: str, folder: str | Path | None) -> Iterator[None]:
+    """What torch and safetensors raise at a damaged file or a full disk, as an error that names the folder."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise OSError(f"cannot {what} {folder}: {error}") from error
 
 
 class Numbered(Dataset):
