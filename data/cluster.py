@@ -230,7 +230,7 @@ def training_columns(names: list[str], config: StocksConfig, end: pd.Timestamp) 
 
 def fit_column(name: str, parts: list[np.ndarray], normalization: str) -> tuple[float, float]:
     extractor = SpaceExploreFeatureExtractor(feature_names=[name], normalization=normalization)
-    extractor.fit(pd.DataFrame({name: np.concatenate(parts)}))
+    extractor.fit_columns([np.concatenate(parts)])
     return extractor.center[0], extractor.spread[0]
 
 
@@ -351,9 +351,10 @@ def build_folder(
     market = Market(config, config.make_extractor(), metadata, list_series(surveys))
     shards = make_shards(market, stages, names, tickers_per_file)
     extractor = fit(client, config, [names[ticker] for one in surveys for ticker in one.bars], split.train.end)
-    check_filled(
-        run(client, write_shard, [(shard.names, (config, extractor, shard, folder.absolute())) for shard in shards])
-    )
+    jobs = [(shard.names, (config, extractor, shard, folder.absolute())) for shard in shards]
+    check_filled(run(client, write_shard, jobs))
+    for part in folder.glob("*/.*"):  # of a worker that died over it
+        part.unlink()
     (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     extractor.to_json_file(folder / FEATURE_EXTRACTOR_NAME)
 

@@ -7,20 +7,21 @@ from spaceexploreai.data.windows import IGNORE_INDEX
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
 # What a padded step holds. The network never reads it; a scale of one keeps divisions finite.
-PADDING = {"past_values": 0.0, "attention_mask": 0, "scale": 1.0, "labels": IGNORE_INDEX}
+PADDING = {"past_values": 0.0, "attention_mask": 0, "scale": 1.0, "labels": IGNORE_INDEX, "returns": np.nan}
 
 
 def collate_windows(examples: list[dict[str, np.ndarray]], length: int = 0) -> dict[str, torch.Tensor]:
     """Stacks windows, padded on the left to the longest, or to `length` if that is more.
 
     Args:
-        examples: `past_values` (T, F), `attention_mask` (T,), `scale` (T,) and, in training, `labels` (T, H); T may
-            differ.
+        examples: `past_values` (T, F), `attention_mask` (T,) and what the head takes of `scale` (T,), `labels` (T, H)
+            and `returns` (T,); T may differ.
 
     Returns:
-        `past_values` (B, T, F), `scale` (B, T), `labels` (B, T, H), `attention_mask` (B, T) of 0 and 1.
+        As many of `past_values` (B, T, F), `scale` (B, T), `labels` (B, T, H), `returns` (B, T), and `attention_mask`
+        (B, T) of 0 and 1.
     """
-    longest = max(length, *(len(example["scale"]) for example in examples))
+    longest = max(length, *(len(example["past_values"]) for example in examples))
     batch = {name: _stack([example[name] for example in examples], longest, PADDING[name]) for name in examples[0]}
     batch["attention_mask"] = batch["attention_mask"].long()
     return batch

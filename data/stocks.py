@@ -470,6 +470,10 @@ class SeriesStore(Sequence):
     def __getitem__(self, index: int) -> EncodedSeries:
         return self.steps(index, 0, None)
 
+    @property
+    def tickers(self) -> list[str]:
+        return self._tickers
+
     def steps(self, index: int, first: int, stop: int | None) -> EncodedSeries:
         """Steps `first` to `stop` of a history. All arrays but `dates` are views of the file, and read-only."""
         return self.labelled_steps(index, first, stop)[0]
@@ -619,6 +623,40 @@ class PathWindows(TorchDataset):
             "next_returns": next_returns,
             "path": path[:known],
         }
+
+
+class ReturnsWindows(TorchDataset):
+    """Windows of an `sft` split as the time-to-text extractor reads them.
+
+    An example is `past_values` (T, F), `attention_mask` (T,) and `returns` (T,), the log-return to each step from the
+    one before it, in units of the volatility known there, NaN where one of the two is masked. Every step is of the
+    split itself, since every step is scored: no window reaches back into the split before.
+
+    Args:
+        windows: whose labels say where the split begins.
+    """
+
+    def __init__(self, windows: StoredWindows):
+        self.windows = windows
+        self.series = windows.series
+        self.rows = windows.rows.copy()
+        begins = np.full(len(self.series), np.iinfo(self.rows.dtype).max)
+        np.minimum.at(begins, self.rows[:, 0], self.rows[:, 3])
+        self.rows[:, 1] = np.maximum(self.rows[:, 1], begins[self.rows[:, 0]])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        which, first, last, _ = self.rows[index].tolist()
+        return self.cut(which, first, last + 1)
+
+    def cut(self, which: int, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Steps `first` to `stop` of a history."""
+        known = self.series.steps(which, max(first - 1, 0), stop)  # with the step that the first return is from
+        returns = np.append(np.nan, np.diff(np.log(known.close)) / known.scale[:-1])
+        own = slice(len(returns) - (stop - first), None)
+        return {"past_values": known.values[own], "attention_mask": known.traded[own], "returns": returns[own]}
 
 
 def open_windows(series: Dataset, windows: Dataset) -> StoredWindows:

@@ -17,9 +17,10 @@ from matplotlib.patches import FancyBboxPatch
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import write_atomically
-from spaceexploreai.modeling_spaceexplore import SpaceExploreExperts, SpaceExploreForRegression
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.t2t_spaceexplore import WORDS
 from spaceexploreai.train.arguments import bare_parser, command
+from spaceexploreai.train.report import count, count_active
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COLUMNS = (
@@ -38,18 +39,6 @@ def read_config(path: Path) -> SpaceExploreConfig:
 
 
 # --- the table of presets ---
-
-
-def count(module: torch.nn.Module | None) -> int:
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
-
-
-def count_active(model: SpaceExploreForRegression) -> int:
-    """Parameters that a forecast of one time step passes through: without idle experts and the extractor."""
-    config = model.config
-    experts = sum(count(module) for module in model.modules() if isinstance(module, SpaceExploreExperts))
-    idle = experts // config.n_routed_experts * (config.n_routed_experts - config.num_experts_per_tok)
-    return count(model) - count(model.model.t2t) - idle
 
 
 def cached_floats(config: SpaceExploreConfig) -> int:

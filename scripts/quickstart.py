@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
 from spaceexploreai.data.cleaning import read_clean
@@ -22,20 +21,20 @@ from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_act
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range, write_metrics
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint, summarize
 from spaceexploreai.train.arguments import command, make_parser, parse_run
-from spaceexploreai.train.sft import save_checkpoint, train
+from spaceexploreai.train.sft import train_and_report
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
 
 
-def train_tiny(args: argparse.Namespace) -> Trainer:
-    """Runs the tiny recipe; its checkpoints are scratch, only the best is kept."""
+def train_tiny(args: argparse.Namespace, folder: Path) -> None:
+    """Runs the tiny recipe; its checkpoints are scratch, only the best is kept in the folder."""
     options = {name: getattr(args, name) for name in ("prices", "tickers", "strict", "fill", "num_train_epochs")}
     argv = ["--config", str(RECIPE / "sft.yaml"), "--model_config", str(RECIPE / "config.json")]
     argv += ["--disable_tqdm", "false"]  # which would follow the library's verbosity
     for name, value in options.items():
         argv += [] if value is None else [f"--{name}", str(value)]
     with TemporaryDirectory() as scratch:
-        return train(parse_run([*argv, "--output_dir", scratch]))
+        train_and_report(parse_run([*argv, "--output_dir", scratch]), folder)
 
 
 def write_results(folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame) -> list[Path]:
@@ -62,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
     prices, _ = read_clean(args.prices, args.tickers, strict=args.strict, fill=args.fill)
     print(f"[1/3] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)
-    trainer = train_tiny(args)
-    save_checkpoint(trainer, args.output_dir / "model")
+    train_tiny(args, args.output_dir / "model")
 
     model, extractor = load_checkpoint(args.output_dir / "model")
     within = scored_range(model.config, prices, start=None, end=None)

@@ -50,17 +50,23 @@ def columns(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[4, 3], ids=["even", "odd"])
-def folder(request, columns, tmp_path_factory) -> Path:
-    """Eight tickers in an even or odd number of files."""
-    target = tmp_path_factory.mktemp("published") / "market"
-    write_table(make_market(tickers=8, days=300), target.parent / "prices.parquet")
-    data = ["--prices", str(target.parent / "prices.parquet"), "--extractor", str(columns), "--config", "sft"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_dataset, "TICKERS_PER_FILE", -(-8 // request.param))
-        build_dataset.main([*data, "--output-dir", str(target), "--stride", "5"])
-    assert len(list((target / "series").iterdir())) == request.param
-    return target
+@pytest.fixture(scope="module")
+def folders(columns, tmp_path_factory) -> Path:
+    """Eight tickers in an even and in an odd number of files."""
+    parent = tmp_path_factory.mktemp("published")
+    write_table(make_market(tickers=8, days=300), parent / "prices.parquet")
+    data = ["--prices", str(parent / "prices.parquet"), "--extractor", str(columns), "--config", "sft"]
+    for name, files in (("even", 4), ("odd", 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build_dataset, "TICKERS_PER_FILE", -(-8 // files))
+            build_dataset.main([*data, "--output-dir", str(parent / name), "--stride", "5"])
+        assert len(list((parent / name / "series").iterdir())) == files
+    return parent
+
+
+@pytest.fixture(scope="module", params=["even", "odd"])
+def folder(request, folders) -> Path:
+    return folders / request.param
 
 
 # --- memory ---
@@ -143,26 +149,21 @@ def test_training_from_a_stream_is_training_from_the_windows_in_order(folder, tm
 
 @pytest.mark.parametrize("passes", [1, None])
 def test_a_run_goes_on_where_it_was(folder, tmp_path, passes):
-    """Trainer reads again what it had seen and passes over it: within one pass over the files, or one without an end."""
-    (whole, half, again) = (
-        make_trainer(
-            stream_windows(str(folder), "train").take(4 * BATCH).repeat(passes),
-            tmp_path,
-            9,
-            save_strategy=kind,
-            save_steps=6,
-        )
-        for kind in ("no", "steps", "no")
+    """Trainer reads again what it had seen: exact in the first pass over the files, and in one that has no end."""
+    windows = stream_windows(str(folder), "train").take(4 * BATCH).repeat(passes)
+    whole, half, again = (
+        make_trainer(windows, tmp_path, 9, save_strategy=strategy, save_steps=6) for strategy in ("no", "steps", "no")
     )
     whole.train()
     half.train()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert again.state.global_step == 9
+    # The other run began its second pass anew.
     assert torch.equal(weights(again), weights(whole)) == (passes is None)
 
 
 @settings(max_examples=8, deadline=None)
-@given(epoch=st.integers(0, 9), buffer_size=st.integers(1, 400), seed=st.integers(0, 99))
+@given(epoch=st.integers(0, 9), buffer_size=st.integers(2, 400), seed=st.integers(0, 99))
 def test_every_pass_has_every_window_once_in_an_order_of_its_own(folder, epoch, buffer_size, seed):
     plain = stream_windows(str(folder), "train")
     mixed = plain.shuffle(seed=seed, buffer_size=buffer_size)
@@ -186,11 +187,11 @@ def prepared(options: dict, stream: datasets.IterableDataset) -> DataLoader:
     return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options)).prepare(loader)
 
 
-def run_rank(folder: str, output: Path) -> None:
-    """What each of two processes does: `python -m torch.distributed.run … test_streaming.py FOLDER OUTPUT`."""
-    whole = stream_windows(folder, "train")
+def run_rank(folder: Path) -> None:
+    """What each of two processes does."""
+    whole = stream_windows(str(folder), "train")
     # Before accelerate hears of anything: the arguments say that it is to use the CPU.
-    trainer = make_trainer(whole, output, 15, accelerator_config={"dispatch_batches": False})
+    trainer = make_trainer(whole, folder, 15, accelerator_config={"dispatch_batches": False})
     rank, world_size = trainer.args.process_index, trainer.args.world_size
     part = split_dataset_by_node(whole, rank, world_size)
     loaders = {
@@ -202,20 +203,21 @@ def run_rank(folder: str, output: Path) -> None:
     }
     found = {name: np.concatenate([keys_of(batch) for batch in loader]) for name, loader in loaders.items()}
     trainer.train()
-    np.savez(output / f"{rank}.npz", world_size=world_size, weights=weights(trainer).numpy(), **found)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    np.savez(folder / f"{rank}.npz", world_size=world_size, weights=weights(trainer).numpy(), **found)
 
 
 @pytest.fixture(scope="module")
-def ranks(folder, tmp_path_factory) -> list[dict[str, np.ndarray]]:
-    output = tmp_path_factory.mktemp("ranks")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launched(folders) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, __file__, str(folders / "even"), str(folders / "odd")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, __file__, str(folder), str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [dict(np.load(output / f"{rank}.npz")) for rank in (0, 1)]
+
+
+@pytest.fixture
+def ranks(launched, folder) -> list[dict[str, np.ndarray]]:
+    return [dict(np.load(folder / f"{rank}.npz")) for rank in (0, 1)]
 
 
 def rows(*parts: np.ndarray) -> list[tuple]:
@@ -257,4 +259,7 @@ def test_two_processes_train_one_network_from_parts_of_unlike_length(ranks):
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1], Path(sys.argv[2]))
+    for argument in sys.argv[1:]:
+        run_rank(Path(argument))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

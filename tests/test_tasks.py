@@ -41,7 +41,7 @@ def paths(tmp_path_factory, wide_market):
     halted = (prices["ticker"] == "T3") & prices["date"].isin(prices["date"].unique()[[150, 151, 240]])
     path = tmp_path_factory.mktemp("halted") / "market.parquet"
     write_table(prices[~halted], path)
-    trainer, _ = prepare(run_of(tmp_path_factory.mktemp("paths"), path, "causal_lm", "--path_length", "7"))
+    trainer, *_ = prepare(run_of(tmp_path_factory.mktemp("paths"), path, "causal_lm", "--path_length", "7"))
     return trainer, read_prices(path)
 
 
@@ -101,7 +101,7 @@ def test_paths_need_the_return_of_one_day(paths):
 @pytest.mark.parametrize("task", ["regression", "classification"])
 def test_a_new_head_has_no_skill_and_loses_none(tmp_path, wide_market, task):
     """Without weights in the head it says the marginal distribution of the training targets."""
-    trainer, _ = prepare(run_of(tmp_path, wide_market, task))
+    trainer, *_ = prepare(run_of(tmp_path, wide_market, task))
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if name.endswith("weight") and not name.startswith("model."):

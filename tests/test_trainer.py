@@ -58,7 +58,7 @@ def test_tickers_or_years_weigh_the_same(tmp_path, balance):
     prices = make_market(tickers=3, days=700)
     late = (prices["ticker"] == "T2") & (prices["date"] < prices["date"].unique()[400])
     write_table(prices[~late], tmp_path / "market.parquet")
-    trainer, data = prepare(every_step(tmp_path, tmp_path / "market.parquet", "--balance", balance))
+    trainer, _, data = prepare(every_step(tmp_path, tmp_path / "market.parquet", "--balance", balance))
     weights = balanced_weights(data.train, [balance])
     rows = data.train.rows
     years = [str(data.train.series[which].dates[last])[:4] for which, _, last, _ in rows.tolist()]
@@ -177,7 +177,7 @@ def interrupted(tmp_path_factory, market):
 
 
 def test_a_loss_that_is_no_number_names_the_window(tmp_path, market, monkeypatch):
-    trainer, data = prepare(every_step(tmp_path, market))
+    trainer, _, data = prepare(every_step(tmp_path, market))
     which, first, last, _ = data.train.rows[5].tolist()
     original = type(data.train)._cut
 
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, market, capsys, 
 
 def test_the_last_files_are_written_whole_or_not_at_all(tmp_path, market, checkpoint, monkeypatch):
     shutil.copytree(checkpoint, tmp_path / "model")
-    trainer, _ = prepare(every_step(tmp_path, market))
+    trainer, *_ = prepare(every_step(tmp_path, market))
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
 
     def full(folder, *args, **kwargs):

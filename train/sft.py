@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import distributed as dist
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,6 +29,7 @@ from spaceexploreai.train.arguments import (
     command,
     parse_run,
 )
+from spaceexploreai.train.report import write_report
 from spaceexploreai.train.tasks import TASKS, Task
 from spaceexploreai.train.trainer import SpaceExploreTrainer, balanced_weights
 
@@ -129,8 +131,8 @@ def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
 # --- training ---
 
 
-def prepare(run: Run) -> tuple[SpaceExploreTrainer, StockData]:
-    """The trainer of a run, and its data."""
+def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
+    """The trainer of a run, what it is trained for, and its data."""
     set_seed(run.training.seed)
     config = make_config(run.model, run.objective, make_extractor(run.model, run.data))
     with run.training.main_process_first(desc="the dataset"):  # the others find it in the cache
@@ -152,7 +154,7 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, StockData]:
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
         weights=balanced_weights(task.train, run.objective.balance) if run.objective.balance else None,
     )
-    return trainer, data
+    return trainer, task, data
 
 
 def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor, config: SpaceExploreConfig) -> str | None:
@@ -181,13 +183,17 @@ def check_writable(folder: str) -> None:
         pass
 
 
-def train(run: Run) -> Trainer:
+def train(run: Run) -> SpaceExploreTrainer:
     """Trains; `output_dir` receives the intermediate checkpoints."""
-    trainer, data = prepare(run)
+    trainer, _, data = prepare(run)
+    fit(trainer, data, run)
+    return trainer
+
+
+def fit(trainer: SpaceExploreTrainer, data: StockData, run: Run) -> None:
     checkpoint = checkpoint_to_resume(run, data.extractor, trainer.model.config)
     check_writable(run.training.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer
 
 
 def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
@@ -205,10 +211,22 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
             os.replace(path, Path(folder, path.name))
 
 
+def train_and_report(run: Run, folder: str | Path) -> None:
+    """Trains, and leaves a model repository with its report in a folder."""
+    trainer, task, data = prepare(run)
+    fit(trainer, data, run)
+    save_checkpoint(trainer, folder)
+    write_report(trainer, task, data, run, folder)
+    if dist.is_initialized():
+        # Without it some processes are gone before others are done with them.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     run = parse_run(argv)
-    save_checkpoint(train(run), run.training.output_dir)
+    train_and_report(run, run.training.output_dir)
 
 
 if __name__ == "__main__":

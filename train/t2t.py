@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from spaceexploreai.train.arguments import CommonArguments, Run, command, parse_run
-from spaceexploreai.train.sft import save_checkpoint, train
+from spaceexploreai.train.sft import train_and_report
 
 
 @dataclass
@@ -37,7 +37,7 @@ def parse_t2t(argv: list[str] | None = None) -> Run:
 @command
 def main(argv: list[str] | None = None) -> None:
     run = parse_t2t(argv)
-    save_checkpoint(train(run), run.training.output_dir)
+    train_and_report(run, run.training.output_dir)
 
 
 if __name__ == "__main__":

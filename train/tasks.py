@@ -43,6 +43,7 @@ class Task:
 
     head: type[PreTrainedModel]
     trainer: type[SpaceExploreTrainer] = SpaceExploreTrainer
+    script = "train/sft.py"
     tokenizer: SpaceExploreTokenizer | None = None
 
     def __init__(self, config: SpaceExploreConfig, data: StockData, objective: CommonArguments):
@@ -217,6 +218,7 @@ class TimeToText(Task):
 
     head = SpaceExploreForTimeToText
     trainer = TimeToTextTrainer
+    script = "train/t2t.py"
 
     def __init__(self, config, data, objective):
         self.config, self.word_embeddings = config, objective.word_embeddings
