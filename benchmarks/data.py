@@ -8,11 +8,10 @@ by ticker, and exit code 1 says that their values differ. Then a fresh cache is 
 memory is read from /proc (Linux), and opened by another, which draws batches of windows at random.
 """
 
-import resource
+import os
 import tempfile
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -28,18 +27,17 @@ import psutil
 import torch
 from huggingface_hub.utils import disable_progress_bars
 
-from spaceexploreai.data.cleaning import load_prices
+from spaceexploreai.data.cleaning import read_clean
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.stocks import StoredWindows, Stocks, build_stocks
+from spaceexploreai.data.stocks import Stocks, StoredWindows, build_stocks
 from spaceexploreai.indicators_spaceexplore import FEATURE_PRESETS, compute_indicators
 from spaceexploreai.train.arguments import command, make_parser
 
 COLUMNS = list(FEATURE_PRESETS["default"])
 TOLERANCE = 1e-6  # relative, or absolute below one
+LEAST_BARS = 300  # the longest window has 250 volatilities, each of 20 returns
 STAGES = ("indicators", "series", "sft")
 BATCH_SIZE, DRAWN_WINDOWS = 64, 65_536
-MIB = 2**20
-LEAST_SPEED_UP, MOST_MEMORY, MOST_SECONDS, LEAST_WINDOWS = 4, 2048, 5, 20_000
 
 
 # --- the columns, as a user of pandas-ta-classic writes them ---------------------------------------------------------
@@ -209,10 +207,12 @@ def sides() -> dict[str, Callable[[pd.DataFrame], object]]:
 
 
 def evenly_spaced(prices: pd.DataFrame, count: int) -> list[pd.DataFrame]:
-    """The bars of some tickers."""
-    tickers = prices["ticker"].unique()
-    chosen = tickers[np.unique(np.linspace(0, len(tickers) - 1, count).round().astype(int))]
-    return [prices[prices["ticker"] == ticker].reset_index(drop=True) for ticker in chosen]
+    """The bars of some tickers; of short ones df.ta gives no column but the whole frame."""
+    long = [bars for _, bars in prices.groupby("ticker", sort=False) if len(bars) >= LEAST_BARS]
+    if not long:
+        raise ValueError(f"no ticker has {LEAST_BARS} bars, which the columns need")
+    rows = np.unique(np.linspace(0, len(long) - 1, count).round().astype(int))
+    return [long[row].reset_index(drop=True) for row in rows]
 
 
 def compare_columns(sample: list[pd.DataFrame]) -> dict[str, float]:
@@ -244,26 +244,34 @@ def refuse_differences(ticker: str, ours: np.ndarray, theirs: dict[str, pd.Serie
 
 def format_columns(seconds: dict[str, float], sample: list[pd.DataFrame]) -> str:
     bars, ours = sum(map(len, sample)), seconds["compute_indicators"]
-    lines = [f"| {len(COLUMNS)} columns of {len(sample)} tickers | CPU seconds | bars/s | ours is faster |"]
+    lines = [f"| {len(COLUMNS)} columns of {len(sample)} tickers | CPU seconds | bars/s | times ours |"]
     lines += ["|---|---:|---:|---:|"]
-    for name, spent in seconds.items():
-        lines.append(f"| {name} | {spent:.2f} | {bars / spent:,.0f} | {spent / ours:.1f} x |")
-    return "\n".join(lines)
+    lines += [
+        f"| {name} | {spent:.2f} | {bars / spent:,.0f} | {spent / ours:.2f} |" for name, spent in seconds.items()
+    ]
+    return "\n".join([*lines, "", f"the first two agree within {TOLERANCE:g} in all columns, where both have a value"])
 
 
 # --- the build -------------------------------------------------------------------------------------------------------
 
 
-def build(options: dict, num_proc: int | None) -> dict[str, tuple[float, float]]:
-    """Seconds of each stage, and its size on disk in MiB."""
+def build(options: dict, num_proc: int | None) -> tuple[list[tuple[str, float, float, float]], float]:
+    """Seconds, CPU seconds and MiB on disk of each stage, and the most MiB of memory that this process had."""
     quiet()
-    stages = {}
+    stages = []
     for name in STAGES:
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), cpu_seconds()
         builder = Stocks(config_name=name, **options)
         builder.download_and_prepare(num_proc=num_proc)
-        stages[name] = time.perf_counter() - start, builder.info.dataset_size / MIB
-    return stages
+        size = builder.info.dataset_size / 2**20
+        stages.append((name, time.perf_counter() - start, cpu_seconds() - spent, size))
+    # Not getrusage, which begins with the size of the process that started this one.
+    return stages, kibibytes("/proc/self/status")["VmHWM"] / 1024
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    return sum(os.times()[:4])
 
 
 def quiet() -> None:
@@ -272,57 +280,96 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def in_new_process(function: Callable, *arguments) -> tuple[object, dict[str, float]]:
-    """What a function gives, and the most memory in MiB that its process and those it starts had.
+def kibibytes(path: str) -> dict[str, int]:
+    """Sizes in a table of /proc."""
+    rows = (line.split() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return {row[0].rstrip(":"): int(row[1]) for row in rows if row[-1] == "kB"}
 
-    `resident`: pages in memory, shared ones counted once. `anonymous`: those of them that are in no file; the others
-    are of memory-mapped files, and the kernel drops them when it needs the space.
-    """
-    peaks = {"resident": 0.0, "anonymous": 0.0}
+
+def in_new_process(function: Callable, *arguments) -> tuple[object, np.ndarray]:
+    """What a function gives, and the most memory that its process and its workers had; see `memory`."""
+    peak = np.zeros(2)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        process = psutil.Process(pool.submit(os.getpid).result())
         result = pool.submit(function, *arguments)
-        (process,) = pool._processes
         while not result.done():
-            now = memory(process)
-            peaks = {name: max(peak, now[name]) for name, peak in peaks.items()}
-            time.sleep(0.02)
-    return result.result(), peaks
+            peak = np.maximum(peak, memory(process))
+            time.sleep(0.2)  # a look holds the process up
+    return result.result(), peak
 
 
-def memory(process: int) -> dict[str, float]:
-    sizes = {"Pss": 0, "Pss_Anon": 0}
-    with suppress(psutil.NoSuchProcess):
-        for one in [psutil.Process(process), *psutil.Process(process).children(recursive=True)]:
-            with suppress(OSError):  # it has just ended
-                for line in Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()[1:]:
-                    name, kib = line.split()[:2]
-                    if name[:-1] in sizes:
-                        sizes[name[:-1]] += int(kib) / 1024
-    return {"resident": sizes["Pss"], "anonymous": sizes["Pss_Anon"]}
+def memory(process: psutil.Process) -> np.ndarray:
+    """(2,) MiB of a process and those it started: resident, shared pages once; and what of it is in no file.
+
+    The difference is of memory-mapped files, which the kernel drops when it needs the space.
+    """
+    total = np.zeros(2)
+    for one in (process, *process.children(recursive=True)):
+        with suppress(OSError):  # it has just ended
+            sizes = kibibytes(f"/proc/{one.pid}/smaps_rollup")
+            total += sizes["Pss"], sizes["Pss_Anon"]
+    return total / 1024
 
 
-def largest_process() -> float:
-    ...
+def format_build(stages: list[tuple[str, float, float, float]], largest: float, peak: np.ndarray) -> str:
+    lines = ["| stage | seconds | CPU seconds | MiB on disk |", "|---|---:|---:|---:|"]
+    total = ("together", *(sum(column) for column in list(zip(*stages, strict=True))[1:]))
+    lines += [f"| {name} | {wall:.1f} | {cpu:.1f} | {size:,.0f} |" for name, wall, cpu, size in [*stages, total]]
+    resident, anonymous = peak
+    return "\n".join(lines) + (
+        f"\n\nmost memory: the builder {largest:,.0f} MiB; with its workers, shared pages once, {resident:,.0f} MiB, "
+        f"of which {anonymous:,.0f} MiB in no file"
+    )
 
 
 # --- the windows -----------------------------------------------------------------------------------------------------
 
 
-def reload(options: dict) -> dict[str, float]:
-    """Seconds from an existing cache to the first batch, and windows a second afterwards."""
+def reload(options: dict) -> tuple[float, int, tuple[float, float]]:
+    """Seconds from an existing cache to the first batch, how many windows there are, and how fast they are drawn."""
     quiet()
     start = time.perf_counter()
     windows = build_stocks(**options).train
     collate_windows([windows[0]])
     seconds = time.perf_counter() - start
-    draw(windows, seed=0)  # from the disk to memory
-    return {"seconds": seconds, "windows": draw(windows, seed=1)}
+    draw(windows, seed=0)  # from the disk into memory
+    return seconds, len(windows), draw(windows, seed=1)
 
 
-def draw(windows: StoredWindows, seed: int) -> float:
-    """Windows a second, at random and in batches."""
+def draw(windows: StoredWindows, seed: int) -> tuple[float, float]:
+    """Windows a second and a second of CPU time, at random and in batches."""
     order = np.random.default_rng(seed).permutation(len(windows))[:DRAWN_WINDOWS].tolist()
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     for first in range(0, len(order), BATCH_SIZE):
         collate_windows([windows[index] for index in order[first : first + BATCH_SIZE]])
-    return len(order) / (time.perf_counter() - start)
+    return len(order) / (time.perf_counter() - start), len(order) / (time.process_time() - spent)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--sample", type=int, default=40, help="tickers to compare the columns of; default: 40")
+    parser.add_argument("--num-proc", type=int, help="processes of the build; one by default")
+    args = parser.parse_args(argv)
+    if args.sample < 1:
+        raise ValueError(f"sample must be at least 1, got {args.sample}")
+    options = {name: getattr(args, name) for name in ("prices", "tickers", "strict", "fill")}
+    quiet()
+    prices, report = read_clean(args.prices, args.tickers, strict=args.strict, fill=args.fill)
+    print(f"{report.tickers:,} tickers, {len(prices):,} bars, {len(COLUMNS)} columns\n", flush=True)
+    sample = evenly_spaced(prices, args.sample)
+    del prices
+    print(format_columns(compare_columns(sample), sample), end="\n\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (stages, largest), peak = in_new_process(build, {**options, "cache_dir": folder}, args.num_proc)
+        print(format_build(stages, largest, peak), flush=True)
+        (seconds, windows, speeds), _ = in_new_process(reload, {**options, "cache_dir": folder})
+    print(f"reload: {seconds:.2f} s to the first of {windows:,} windows")
+    print("in batches: {:,.0f} windows/s, {:,.0f} a second of CPU time".format(*speeds))
+
+
+if __name__ == "__main__":
+    main()

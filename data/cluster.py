@@ -120,10 +120,12 @@ def about(tickers: Sequence[str]) -> Iterator[None]:
 
 def names_of_tickers(config: StocksConfig) -> dict[str, list[str]]:
     """Each ticker, in order, with the ways in which the prices write it: cleaning takes spaces off."""
+    path = prices_path(config)
+    found = list_tickers(path) if config.tickers is None else prices.parse_tickers(config.tickers)
     names = {}
-    for name in prices.parse_tickers(config.tickers) if config.tickers else list_tickers(prices_path(config)):
+    for name in found:
         if not (name or "").strip():
-            raise ValueError(f"{prices_path(config)} has rows without a ticker, which no worker would read")
+            raise ValueError(f"{path} has rows without a ticker, which no worker would read")
         names.setdefault(name.strip(), []).append(name)
     return dict(sorted(names.items()))
 

@@ -1,13 +1,21 @@
 """The benchmarks: that they measure what they say, against closed forms."""
 
 import json
+import re
+import tempfile
+from itertools import chain
+from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import make_market
 
-from spaceexploreai.benchmarks import kv_cache
+from spaceexploreai.benchmarks import data, kv_cache
 from spaceexploreai.benchmarks.kv_cache import RECIPE, bytes_per_token, fill_cache, make_model, tokens_per_second
+from spaceexploreai.data.prices import write_table
 from spaceexploreai.modeling_spaceexplore import SpaceExploreLatentAttention
 
 LAYERS, HEADS, SHARED_HEADS, HEAD, LATENT, ROTARY = 3, 6, 2, 8, 10, 4
@@ -111,3 +119,151 @@ def test_a_missing_recipe_is_an_error_of_one_line(tmp_path, capsys):
         kv_cache.main(["--model-config", str(tmp_path / "missing.json")])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+# --- the data path ---
+
+
+@pytest.fixture(scope="module")
+def bars():
+    return make_market(tickers=1, days=400)
+
+
+@pytest.fixture(scope="module")
+def both_sides(bars):
+    return [side(bars) for side in list(data.sides().values())[:2]]
+
+
+def test_the_library_writes_every_column(bars, both_sides):
+    ours, theirs = both_sides
+    data.refuse_differences("T0", ours, theirs)
+    assert sorted(theirs) == sorted(data.COLUMNS)
+    for column in theirs.values():
+        assert np.isfinite(column.iloc[-100:]).all()
+    pd.testing.assert_frame_equal(bars, make_market(tickers=1, days=400))  # nothing was appended
+
+
+@pytest.mark.parametrize("name", data.COLUMNS)
+def test_another_value_is_refused(both_sides, name):
+    ours, theirs = both_sides
+    for planted in (theirs[name] + 1e-5 * np.maximum(1, theirs[name].abs()), theirs[name] * np.nan):
+        with pytest.raises(SystemExit, match=rf"^T0: {name} of df\.ta "):
+            data.refuse_differences("T0", ours, {**theirs, name: planted})
+    rounded = theirs[name] + 1e-8
+    rounded.iloc[:300] = np.nan  # as of a longer warm-up
+    data.refuse_differences("T0", ours, {**theirs, name: rounded})
+
+
+def test_sides_take_turns_and_the_first_call_does_not_count(monkeypatch):
+    clock, turns = [0.0], []
+
+    def side(name, cost):
+        def run(bars):
+            turns.append((name, bars["ticker"][0]))
+            clock[0] += cost
+            return name
+
+        return run
+
+    monkeypatch.setattr(data, "sides", lambda: {"ours": side("ours", 1.0), "theirs": side("theirs", 4.0)})
+    monkeypatch.setattr(data.time, "process_time", lambda: clock[0])
+    compared = []
+    monkeypatch.setattr(data, "refuse_differences", lambda *arguments: compared.append(arguments))
+    sample = [pd.DataFrame({"ticker": [name]}) for name in ("A", "B")]
+    assert data.compare_columns(sample) == {"ours": 2.0, "theirs": 8.0}
+    assert turns[2:] == [("ours", "A"), ("theirs", "A"), ("ours", "B"), ("theirs", "B")]
+    assert compared == [("A", "ours", "theirs"), ("B", "ours", "theirs")]
+
+
+def test_columns_are_shown_over_ours():
+    shown = data.format_columns({"compute_indicators": 2.0, "df.ta": 9.0}, [pd.DataFrame(index=range(18))] * 3)
+    assert "| compute_indicators | 2.00 | 27 | 1.00 |" in shown
+    assert "| df.ta | 9.00 | 6 | 4.50 |" in shown
+
+
+def test_the_sample_is_of_all_parts_of_the_market():
+    market = make_market(tickers=6, days=data.LEAST_BARS)
+    market = market[(market["ticker"] != "T0") | (market["date"] > market["date"].iloc[0])]
+    assert [bars["ticker"].unique().tolist() for bars in data.evenly_spaced(market, 3)] == [["T1"], ["T3"], ["T5"]]
+    assert len(data.evenly_spaced(market, 40)) == 5
+    assert all(bars.index[0] == 0 and len(bars) == data.LEAST_BARS for bars in data.evenly_spaced(market, 5))
+    with pytest.raises(ValueError, match="no ticker has 300 bars"):
+        data.evenly_spaced(market[market["ticker"] == "T0"], 1)
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
+HOLD = "import mmap, subprocess, sys, time\n{}\ntime.sleep(1.5)"
+OWN = "held = b'1' * 150_000_000"
+MAPPED = "file = open({!r}, 'rb'); held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); held[::4096]"
+
+
+@LINUX
+def test_memory_is_that_of_the_process_and_its_workers(tmp_path):
+    (tmp_path / "mapped").write_bytes(b"1" * 150_000_000)
+    worker = f"subprocess.run([sys.executable, '-c', {HOLD.format(OWN)!r}])"
+    peaks = [
+        data.in_new_process(exec, HOLD.format(what))[1]
+        for what in (OWN, MAPPED.format(str(tmp_path / "mapped")), worker)
+    ]
+    held = 150_000_000 / 2**20
+    for (resident, anonymous), mine in zip(peaks, (held, 0, held), strict=True):
+        assert held < resident < held + 60
+        assert mine < anonymous < mine + 60
+
+
+@LINUX
+def test_sizes_are_read_by_name():
+    sizes = data.kibibytes("/proc/self/status")
+    assert sizes["VmHWM"] >= sizes["VmRSS"] > 10_000
+    assert "Name" not in sizes
+
+
+def test_what_fails_in_the_process_fails_here():
+    with pytest.raises(ZeroDivisionError):
+        data.in_new_process(divmod, 1, 0)
+
+
+def test_every_window_is_drawn_once_in_batches(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, "collate_windows", drawn.append)
+    speeds = data.draw(range(200), seed=0)
+    assert [len(batch) for batch in drawn] == [64, 64, 64, 8]
+    order = list(chain(*drawn))
+    assert sorted(order) == list(range(200)) != order
+    assert min(speeds) > 0
+    monkeypatch.setattr(data, "DRAWN_WINDOWS", 64)
+    data.draw(range(200), seed=1)
+    assert [len(batch) for batch in drawn[4:]] == [64]
+    assert drawn[4] != order[:64]
+
+
+@LINUX
+def test_the_command_builds_and_reopens_a_cache_of_its_own(tmp_path, monkeypatch, capsys):
+    write_table(make_market(tickers=2, days=400), tmp_path / "market.parquet")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    data.main(["--prices", str(tmp_path / "market.parquet"), "--sample", "1"])
+    assert list((tmp_path / "temporary").iterdir()) == []
+    shown = capsys.readouterr().out
+    assert "2 tickers, 800 bars, 64 columns" in shown
+    for stage in ("indicators", "series", "sft", "together"):
+        assert re.search(rf"^\| {stage} \| \d+\.\d \| \d+\.\d \| \d+ \|$", shown, flags=re.MULTILINE)
+    # 320 days train and 20 of them do not know the volatility; from each ticker's last label back every 16 steps.
+    assert "to the first of 38 windows" in shown
+    sizes = re.search(r"the builder (\d+) MiB; .* once, (\d+) MiB, of which (\d+) MiB", shown)
+    most, resident, anonymous = map(int, sizes.groups())
+    assert 0 < anonymous < resident <= most + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sample", "0"], "error: sample must be at least 1, got 0"),
+        (["--tickers", "FB"], "error: no ticker has 300 bars, which the columns need"),
+    ],
+)
+def test_a_mistake_is_an_error_of_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.main(options)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == message

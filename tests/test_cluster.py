@@ -44,6 +44,13 @@ def address():
         yield client.scheduler.address
 
 
+@pytest.fixture
+def threads():
+    """A cluster of one thread pool in this process, which tasks of this file can reach."""
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
+        yield client
+
+
 @pytest.fixture(scope="module")
 def market() -> pd.DataFrame:
     """Tickers delisted, listed late, halted, too short, without a usable bar, and with defects to clean."""
@@ -134,12 +141,14 @@ def test_the_folder_is_that_of_one_process(prices, columns, address, small_shard
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one", "universe.txt"]
 
 
-def test_new_columns_of_some_tickers_with_bars_invented(market, address, small_shards, tmp_path):
+def test_new_columns_of_some_tickers_with_bars_invented(market, threads, small_shards, tmp_path, monkeypatch):
+    """And of more than one batch in a shard."""
+    monkeypatch.setattr(stocks, "TICKERS_PER_BATCH", 2)
     write_table(market, tmp_path / "prices.parquet")
     options = ["--prices", str(tmp_path / "prices.parquet"), "--tickers", "T8,T2,T5,T0", "--fill", "--config", "sft"]
     options += ["--feature-groups", "volume", "--normalization", "standard", "--context-length", "20"]
     build_dataset.main([*options, "--output-dir", str(tmp_path / "one")])
-    build_dataset.main([*options, "--output-dir", str(tmp_path / "many"), "--cluster", address])
+    build_dataset.main([*options, "--output-dir", str(tmp_path / "many"), "--cluster", threads.scheduler.address])
     assert_same_folders(tmp_path / "many", tmp_path / "one")
 
 
@@ -184,13 +193,6 @@ def test_reports_of_parts_are_the_report_of_the_whole(market, tmp_path):
 
 
 # --- failure ---
-
-
-@pytest.fixture
-def threads():
-    """A cluster of one thread pool in this process, which tasks of this file can reach."""
-    with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
-        yield client
 
 
 def test_results_come_in_the_order_of_the_jobs(threads):
@@ -268,6 +270,15 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(yahoo, columns, threads, 
         cluster.build_folder(threads, config, ("dpo",), folder, tickers_per_file=3)
     assert "history-00000-of-00003.parquet" in written
     assert [path.name for path in tmp_path.iterdir()] == ["yahoo"]
+
+
+def test_what_a_dead_worker_left_half_written_is_removed(yahoo, columns, threads, tmp_path):
+    half = tmp_path / "out" / "series" / ".0123.history-00000-of-00001.parquet"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    config = StocksConfig(prices=str(yahoo), extractor=str(columns), context_length=16)
+    cluster.build_folder(threads, config, ("sft",), tmp_path / "out", tickers_per_file=64)
+    assert [path.name for path in half.parent.iterdir()] == ["history-00000-of-00001.parquet"]
 
 
 @pytest.mark.parametrize(

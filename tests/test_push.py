@@ -128,6 +128,8 @@ def test_a_stranger_loads_what_was_built(hub, build, tmp_path):
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_a_push_deletes_what_an_earlier_one_had_more(hub, build, tmp_path, xet):
+    if xet:
+        pytest.importorskip("hf_xet")
     hub.xet_folder = tmp_path / "xet"
     kept = {"notes.md": File(b"mine"), "images/one.png": File(b"mine too")}
     there = {"dpo/train-00000-of-00001.parquet": File(b"pairs", large=True), **kept}
@@ -211,26 +213,28 @@ def test_what_the_hub_would_refuse_is_refused_before_the_build(hub, build, tmp_p
     assert list(hub.repositories) == [("datasets", DATASET)]
 
 
+FAILED = f"error: the push to {DATASET} failed: "
+# What the Hub does, and what the line of the error says of it.
 TROUBLES = {
-    "create_repository": (status(403, "You have reached your limit"), "You have reached your limit"),
-    "validate_card": (status(500), "500"),
-    "preupload": (status(403, "Your storage is full"), "Your storage is full"),
-    "put_object": (status(403, "Request has expired"), f"the push to {DATASET} failed: Error while uploading 's"),
-    "commit": (status(500, "Something broke"), "Something broke"),
-    "change_settings": (hang_up, f"the push to {DATASET} failed: Server disconnected"),
+    "create_repository": (status(403, "You have reached your limit"), ("You have reached your limit",)),
+    "validate_card": (status(500), ("500 Internal Server Error",)),
+    "preupload": (status(403, "Your storage is full"), ("Your storage is full",)),
+    "put_object": (status(403, "Request has expired"), (FAILED, "uploading 's", "Request has expired")),
+    "commit": (status(500, "Something broke"), ("Something broke",)),
+    "change_settings": (hang_up, (FAILED, "Server disconnected")),
 }
 
 
 @pytest.mark.parametrize("endpoint", list(TROUBLES))
 def test_a_push_that_fails_leaves_the_built_folder_and_the_repository(hub, build, tmp_path, endpoint):
-    trouble, message = TROUBLES[endpoint]
+    trouble, told = TROUBLES[endpoint]
     hub.troubles[endpoint].extend([trouble] * 4)  # that many large files
     command = ("--output-dir", tmp_path / "built", "--push-to-hub", DATASET, "--private")
     code, output, errors = build(*command)
     assert code == 2
     assert output.splitlines()[-1] == f"wrote {tmp_path / 'built'}"
     assert errors.splitlines()[-1].startswith("error: ")
-    assert message in errors.splitlines()[-1]
+    assert [part for part in told if part not in errors.splitlines()[-1]] == []
     assert "Traceback" not in errors
     built = contents(tmp_path / "built")
     assert {"README.md", "stocks.json"} < set(built)
@@ -245,7 +249,7 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_line(build, hub, tmp_path):
     hub.troubles["whoami"].append(hang_up)
     code, output, errors = build("--output-dir", tmp_path / "built", "--push-to-hub", DATASET)
     assert (code, output) == (2, "")
-    assert errors == f"error: the push to {DATASET} failed: Server disconnected without sending a response.\n"
+    assert errors == f"{FAILED}Server disconnected without sending a response.\n"
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------

@@ -615,23 +615,3 @@ def test_unknown_columns_are_named(prices, tmp_path, capsys):
     with pytest.raises(SystemExit):
         build_dataset.main(command_line(prices, tmp_path, tmp_path / "out"))
     assert "error: unknown indicator 'no_such_column'" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_push_uploads_the_folder_to_a_private_repository(prices, columns, tmp_path, monkeypatch):
-    calls = []
-
-    class Hub:
-        def create_repo(self, *args, **kwargs):
-            calls.append((args, kwargs))
-
-        def upload_folder(self, folder_path, **kwargs):
-            calls.append((sorted(path.name for path in folder_path.iterdir()), kwargs))
-
-    monkeypatch.setattr(build_dataset, "HfApi", Hub)
-    options = ["--config", "sft", "--push-to-hub", "me/Stocks", "--private"]
-    build_dataset.main(command_line(prices, columns, tmp_path / "out", *options))
-    (created, privately), (files, where) = calls
-    assert created == ("me/Stocks",)
-    assert privately == {"repo_type": "dataset", "private": True, "exist_ok": True}
-    assert files == ["README.md", "preprocessor_config.json", "series", "sft", "stocks.json"]
-    assert (where["repo_id"], where["repo_type"]) == ("me/Stocks", "dataset")

@@ -284,7 +284,7 @@ LIBRARIES = {
     "tokenizers",
 }
 # The command has the name users look for; the library of that name is no dependency, and the test below keeps it so.
-NAMED_LIKE_A_LIBRARY = {"scripts/evaluate.py"}
+NAMED_LIKE_A_LIBRARY = {"benchmarks/data.py", "scripts/evaluate.py"}
 ROOT_FILES = {"__init__.py", "app.py"}
 
 
@@ -514,7 +514,7 @@ def test_recipe_is_a_mapping(file):
 
 @pytest.mark.parametrize("file", SFT_RUNS)
 def test_recipe_is_a_run(file):
-    assert len(parse_run(["--config", str(ROOT / file)])) == 3
+    assert parse_run(["--config", str(ROOT / file)]).model is not None
 
 
 @pytest.mark.parametrize("file", SFT_RUNS)

@@ -203,17 +203,16 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, market, capsys, 
     folder, run = interrupted
     shutil.copytree(folder, tmp_path / "run")
     run = [str(tmp_path / "run") if option == str(folder) else option for option in run]
-    original = torch.save
 
     def full(*args, **kwargs):
         raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    complaint = refusal(capsys, [*run, "--max_steps", "8", "--resume_from_checkpoint", "true"])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        complaint = refusal(capsys, [*run, "--max_steps", "8", "--resume_from_checkpoint", "true"])
     assert "checkpoint-6" in complaint
     assert "No space left" in complaint
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-4"}
-    monkeypatch.setattr(torch, "save", original)
     main([*run, "--max_steps", "6", "--resume_from_checkpoint", "true"])
     assert (tmp_path / "run" / "model.safetensors").exists()
 

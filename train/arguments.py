@@ -49,16 +49,6 @@ class ModelArguments:
         default=None, metadata={"help": "fields of peft's LoraConfig: train an adapter alone"}
     )
 
-    def __post_init__(self):
-        if (self.model_config is None) == (self.model_name_or_path is None):
-            raise ValueError(
-                "give one of model_config (to train from scratch) and model_name_or_path (to continue), "
-                f"got {self.model_config} and {self.model_name_or_path}"
-            )
-        given = [name for name in SIZES if getattr(self, name) is not None]
-        if given and self.model_name_or_path is not None:
-            raise ValueError(f"{given[0]} is that of the checkpoint {self.model_name_or_path}")
-
 
 @dataclass
 class CommonArguments:
@@ -143,7 +133,21 @@ def parse_run(argv: Sequence[str] | None = None, objective: type[CommonArguments
         raise ValueError("--config needs the path of a YAML file")
     parser = TrlParser((ModelArguments, DataArguments, objective, TrainingArguments))
     parser.error = _refuse
-    return Run(*parser.parse_args_and_config(argv))
+    run = Run(*parser.parse_args_and_config(argv))
+    check_weights(run.model)
+    return run
+
+
+def check_weights(args: ModelArguments) -> None:
+    """Refuses two networks or none; after the parsing, which finds an unknown key."""
+    if (args.model_config is None) == (args.model_name_or_path is None):
+        raise ValueError(
+            "give one of model_config (to train from scratch) and model_name_or_path (to continue), "
+            f"got {args.model_config} and {args.model_name_or_path}"
+        )
+    given = [name for name in SIZES if getattr(args, name) is not None]
+    if given and args.model_name_or_path is not None:
+        raise ValueError(f"{given[0]} is that of the checkpoint {args.model_name_or_path}")
 
 
 def bare_parser(description: str) -> argparse.ArgumentParser:

@@ -47,6 +47,7 @@ def make_config(
     fields = {name: value for name, value in own.items() if value is not None} | TASKS[objective.task].fields()
     if model_args.model_name_or_path is not None:
         config = SpaceExploreConfig.from_pretrained(model_args.model_name_or_path, **fields)
+        config.validate()  # it was before the fields were set
     else:
         with open(model_args.model_config) as file:
             config = SpaceExploreConfig(**{"num_features": len(extractor.feature_names), **json.load(file), **fields})

@@ -24,8 +24,7 @@ from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.arguments import CommonArguments
 from spaceexploreai.train.trainer import SpaceExploreTrainer, TimeToTextTrainer
 
-# Shapes: N windows, S scored steps of each, H horizons, Q quantiles, V tokens; P patches of L steps and F features, W
-# words
+# Shapes: N windows, S scored steps of each, H horizons, Q quantiles, V tokens, P patches, L steps of a patch, W words
 
 
 class Task:
@@ -235,8 +234,8 @@ class TimeToText(Task):
         count = 1 + max(0, math.ceil((context_length - length) / self.stride))
         if count == max(1, round(count * (1 - ratio))):
             raise ValueError(
-                f"context_length {context_length} leaves nothing to hide: of {count} patches of t2t_patch_length {length} "
-                f"t2t_mask_ratio {ratio} hides none"
+                f"context_length {context_length} leaves nothing to hide: t2t_mask_ratio {ratio} of the "
+                f"{count} patches of t2t_patch_length {length}"
             )
 
     def start(self, model):
