@@ -1,10 +1,9 @@
-"""Training of the time-to-text extractor: what it reads, learns and leaves behind, and what it teaches a forecaster."""
+"""Training of the time-to-text extractor: what it reads, learns and leaves behind, and what it teaches."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import RECIPE, make_market
@@ -191,7 +190,9 @@ def test_metrics_are_scikit_learns(trained):
     baseline = log_loss(labels, shares, labels=range(len(WORDS)))
     assert metrics["eval_word_log_loss_skill"] == pytest.approx(1 - loss / baseline, abs=1e-4)
     assert metrics["eval_word_accuracy"] == pytest.approx(accuracy_score(labels, log_probabilities.argmax(axis=1)))
-    assert metrics["eval_word_base_rate"] == pytest.approx(np.unique(labels, return_counts=True)[1].max() / len(labels))
+    assert metrics["eval_word_base_rate"] == pytest.approx(
+        np.unique(labels, return_counts=True)[1].max() / len(labels)
+    )
 
 
 def plain_shares(task) -> np.ndarray:
@@ -215,21 +216,249 @@ def test_evaluation_draws_nothing_at_random(trained):
     assert [again[name] for name in names] == pytest.approx([metrics[name] for name in names], rel=1e-5)
 
 
-@pytest.mark.parametrize("momentum", [0.8, None])
-def test_it_learns_what_is_there_to_learn(tmp_path, monkeypatch, momentum):
-    """A market of trends. A new extractor is no better than naive ones, and none names the words of other windows."""
-    write_table(make_market(tickers=4, days=1500, momentum=momentum or 0.8), tmp_path / "market.parquet")
-    if momentum is None:
-        cut, generator = ReturnsWindows.cut, np.random.default_rng(0)
-
-        def shuffled(self, *place):
-            return cut(self, *place) | {"returns": generator.normal(size=place[2] - place[1])}
-
-        monkeypatch.setattr(ReturnsWindows, "cut", shuffled)
-    options = ("--max_steps", "200", "--learning_rate", "2e-3")
-    trainer, _, _ = prepare(parse_t2t(t2t_run(tmp_path, tmp_path / "market.parquet", *options)))
+def metrics_before_and_after(folder: Path) -> tuple[dict, dict]:
+    """Of training in a market of trends, which reach from what is visible into what is hidden."""
+    write_table(make_market(tickers=4, days=1500, momentum=0.8), folder / "market.parquet")
+    options = ("--max_steps", "150", "--learning_rate", "2e-3")
+    trainer, _, _ = prepare(parse_t2t(t2t_run(folder, folder / "market.parquet", *options)))
     before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate()
-    print(before, after)
-    assert before["eval_reconstruction_skill"] < 0 < after["eval_reconstruction_skill"]
+    return before, trainer.evaluate()
+
+
+def test_it_reconstructs_and_names_better_than_naive_guesses(tmp_path):
+    before, after = metrics_before_and_after(tmp_path)
+    assert before["eval_reconstruction_skill"] < 0 < 0.03 < after["eval_reconstruction_skill"]
+    assert before["eval_word_log_loss_skill"] < 0 < 0.5 < after["eval_word_log_loss_skill"]
+    assert after["eval_word_accuracy"] > after["eval_word_base_rate"] + 0.2
+
+
+def test_words_of_other_charts_teach_nothing(tmp_path, monkeypatch):
+    """Where returns say nothing of the values, any skill would be one of the measurement."""
+    cut, generator = ReturnsWindows.cut, np.random.default_rng(0)
+
+    def cut_elsewhere(self, which, first, stop):
+        return cut(self, which, first, stop) | {"returns": generator.normal(size=stop - first)}
+
+    monkeypatch.setattr(ReturnsWindows, "cut", cut_elsewhere)
+    _, after = metrics_before_and_after(tmp_path)
+    assert abs(after["eval_word_log_loss_skill"]) < 0.05
+
+
+# --- what it leaves behind ---
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> set[str]:
+    """Names of tensors that are not the same bit for bit, of those in both."""
+    return {name for name in left.keys() & right.keys() if not torch.equal(left[name], right[name])}
+
+
+def test_the_backbone_is_as_freshly_initialised_and_all_of_the_extractor_is_trained(extractor):
+    weights = weights_of(extractor)
+    set_seed(0)
+    fresh = SpaceExploreForTimeToText(SpaceExploreForTimeToText.config_class.from_pretrained(extractor)).state_dict()
+    assert weights.keys() == fresh.keys()
+    learned = {name for name in weights if name.startswith(("model.t2t.", "decoder."))}
+    assert differing(weights, fresh) == learned
+    assert weights["model.t2t.num_batches_tracked"] == STEPS
+
+
+def test_nothing_after_the_training_range_reaches_the_weights(tmp_path, market, extractor):
+    """Prices of the validation range too are torn apart: weights and statistics stay what they were."""
+    prices = read_prices(market)
+    later = prices["date"] > chronological_split(prices["date"], horizon=10).train.end
+    tear = np.exp(np.random.default_rng(0).normal(size=(later.sum(), 1)))
+    prices.loc[later, ["open", "high", "low", "close"]] *= tear
+    write_table(prices, tmp_path / "torn.parquet")
+    save_checkpoint(train(parse_t2t(t2t_run(tmp_path, tmp_path / "torn.parquet"))), tmp_path / "torn")
+    assert differing(weights_of(tmp_path / "torn"), weights_of(extractor)) == set()
+    statistics = [(folder / "preprocessor_config.json").read_text() for folder in (tmp_path / "torn", extractor)]
+    assert statistics[0] == statistics[1]
+
+
+def test_resumed_training_ends_where_it_would_have(tmp_path, market):
+    """Which patches are hidden is drawn as if nothing had happened."""
+    often = ("--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "5", "--save_only_model", "false")
+    whole = train(parse_t2t(t2t_run(tmp_path / "whole", market, *often)))
+    from_middle = ("--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4"))
+    resumed = train(parse_t2t(t2t_run(tmp_path / "resumed", market, *often, *from_middle)))
+    assert differing(resumed.model.state_dict(), whole.model.state_dict()) == set()
+    assert differing(weights_of(tmp_path / "whole" / "checkpoint-4"), whole.model.state_dict())
+
+
+def test_the_checkpoint_is_a_hub_repository_without_pickles(extractor, market):
+    files = {path.name for path in extractor.iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_spaceexplore.py", "preprocessor_config.json"} <= files
+    assert {Path(name).suffix for name in files} <= {".json", ".md", ".png", ".py", ".safetensors"}
+    model = AutoModelForPreTraining.from_pretrained(extractor)
+    assert type(model).__name__ == "SpaceExploreForTimeToText"
+    assert differing(model.state_dict(), weights_of(extractor)) == set()
+    split = chronological_split(read_prices(market)["date"], horizon=10)
+    config = json.loads((extractor / "config.json").read_text())
+    assert config["train_cutoff"] == f"{split.train.end:%Y-%m-%d}"
+    assert config["selection_cutoff"] == f"{split.validation.end:%Y-%m-%d}"
+
+
+def test_words_start_from_a_text_model(tmp_path, market):
+    """And then are as far apart as there."""
+    set_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "hidden_size": 16}
+    text = BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
+    text.save_pretrained(tmp_path / "text")
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="flat"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "text")
+    run = t2t_run(tmp_path / "model", market, "--word_embeddings", str(tmp_path / "text"))
+    trainer, _, _ = prepare(parse_t2t(run))
+    words, table = (
+        one.weight.detach().numpy()
+        for one in (trainer.model.model.t2t.word_embeddings, text.embeddings.word_embeddings)
+    )
+    ratios = pdist(words) / pdist(table)
+    assert ratios == pytest.approx(np.full(len(ratios), ratios[0]), rel=1e-4)
+
+
+# --- what it teaches ---
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("task", ["regression", "classification", "causal_lm"])
+def test_a_forecaster_is_taught_and_the_extractor_stays_as_it_was(tmp_path, market, extractor, task):
+    trainer, _, _ = prepare(parse_run(taught_run(tmp_path, market, extractor, "--task", task)))
+    assert trainer.model.config.t2t_loss_weight == 0.01
+    before = state(trainer.model)
+    learned = weights_of(extractor)
+    assert differing(before, learned) == set()  # from the checkpoint, as far as it goes
+    trainer.train()
+    save_checkpoint(trainer, tmp_path)
+    after = weights_of(tmp_path)
+    frozen = {name for name in learned if name.startswith("model.t2t.")}
+    assert frozen <= after.keys()
+    assert not any(name.startswith("decoder.") for name in after)
+    parameters = {name for name, _ in trainer.model.named_parameters()}
+    assert differing(before, after) == parameters - frozen
+
+
+def test_a_taught_head_starts_from_the_marginal_distribution(tmp_path, market, extractor):
+    """Without weights in the head it has no skill and loses none."""
+    trainer, _, _ = prepare(parse_run(taught_run(tmp_path, market, extractor)))
+    with torch.no_grad():
+        trainer.model.mean_head.weight.zero_()
+        trainer.model.quantile_head.weight.zero_()
+    metrics = trainer.evaluate()
+    assert [metrics[f"eval_crps_skill_{days}d"] for days in (1, 2, 5, 10)] == pytest.approx([0] * 4, abs=1e-4)
+
+
+def feature_loss(trainer) -> float:
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(32)])
+    with torch.no_grad():
+        outputs = trainer.model.train().model(batch["past_values"], batch["attention_mask"])
+    return outputs.feature_loss.item()
+
+
+def test_the_weight_decides_how_much_is_learned_from_the_extractor(tmp_path, market, extractor):
+    lost = {}
+    for weight in ("0.000001", "1"):
+        options = ("--t2t_loss_weight", weight, "--max_steps", "20", "--learning_rate", "1e-2")
+        trainer, _, _ = prepare(parse_run(taught_run(tmp_path, market, extractor, *options)))
+        start = feature_loss(trainer)
+        trainer.train()
+        lost[weight] = feature_loss(trainer) / start
+    print(lost)
+    assert lost["1"] < 0.5
+    assert lost["1"] < 0.7 * lost["0.000001"]
+
+
+def test_every_parameter_of_a_taught_forecaster_gets_a_gradient(tmp_path, market, extractor):
+    """One that gets none would stop distributed training."""
+    trainer, _, _ = prepare(parse_run(taught_run(tmp_path, market, extractor)))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model.train(), batch).backward()
+    without = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is None}
+    assert without == {name for name, _ in trainer.model.named_parameters() if name.startswith("model.t2t.")}
+
+
+def test_a_taught_forecaster_describes_as_its_teacher(tmp_path, market, extractor):
+    sft.main(taught_run(tmp_path, market, extractor))
+    prices = read_prices(market)
+    said = []
+    for head, folder in ((SpaceExploreForTimeToText, extractor), (SpaceExploreForRegression, tmp_path)):
+        inputs = SpaceExploreFeatureExtractor.from_pretrained(folder)(prices)
+        said.append(head.from_pretrained(folder).describe(inputs["past_values"], inputs["attention_mask"]))
+    words = [[[patch["word"] for patch in row] for row in one] for one in said]
+    assert words[0] == words[1]
+    assert [len(row) for row in words[0]] == [len(starts(64))] * 3
+
+
+# --- recipes and mistakes ---
+
+
+def test_the_recipe_is_the_tiny_network_with_an_extractor():
+    tiny, with_extractor = (json.loads((RECIPE / name).read_text()) for name in ("config.json", "t2t.json"))
+    assert tiny.pop("t2t_num_hidden_layers") == 0
+    assert {name: value for name, value in with_extractor.items() if not name.startswith("t2t_")} == tiny
+    assert (with_extractor["t2t_patch_length"], with_extractor["t2t_patch_overlap"]) == (LENGTH, OVERLAP)
+    SpaceExploreForTimeToText.config_class(**with_extractor)
+
+
+def test_the_recipes_follow_from_each_other():
+    teacher = parse_t2t(["--config", str(RECIPE / "t2t.yaml")])
+    pupil = parse_run(["--config", str(RECIPE / "sft_t2t.yaml")])
+    assert pupil.model.model_name_or_path == teacher.training.output_dir != pupil.training.output_dir
+    assert pupil.model.t2t_loss_weight == 0.01  # of LLM-PS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model_config", str(RECIPE / "config.json")), "there is no time-to-text extractor to train"),
+        (("--context_length", "12", "--stride", "8"), "context_length 12 leaves nothing to hide"),
+        (("--t2t_loss_weight", "0.01"), "needs a trained time-to-text extractor"),
+        (("--word_embeddings", "no/such/model"), "no/such/model"),
+        (("--task", "regression"), "--task"),
+        (("--balance", "sector"), "got 'sector'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, market, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        t2t.main(t2t_run(tmp_path / "model", market, *options))
+    assert_refused(stop.value.code, capsys.readouterr().err, message, tmp_path / "model")
+
+
+def assert_refused(code: int, errors: str, message: str, folder: Path) -> None:
+    """Other lines are what was read, and the library's progress."""
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in errors
+    assert not folder.exists()
+
+
+def test_words_are_not_taken_from_two_places(tmp_path, market, extractor, capsys):
+    run = t2t_run(tmp_path / "model", market, "--model_name_or_path", str(extractor), "--word_embeddings", "text")
+    del run[run.index("--model_config") : run.index("--model_config") + 2]
+    recipe = (RECIPE / "t2t.yaml").read_text().replace("model_config: recipes/tiny/t2t.json\n", "")
+    (tmp_path / "continue.yaml").write_text(recipe)
+    run[run.index("--config") + 1] = str(tmp_path / "continue.yaml")
+    with pytest.raises(SystemExit) as stop:
+        t2t.main(run)
+    assert_refused(stop.value.code, capsys.readouterr().err, "has words of its own", tmp_path / "model")
+
+
+@pytest.mark.parametrize("trained_before", [False, True], ids=["untrained", "none"])
+def test_only_a_trained_extractor_teaches(tmp_path, market, checkpoint, capsys, trained_before):
+    """Neither a new one nor the one that the checkpoint of the tiny recipe does not have."""
+    untrained = tmp_path / "untrained"
+    save_checkpoint(prepare(parse_t2t(t2t_run(untrained, market)))[0], untrained)
+    with pytest.raises(SystemExit) as stop:
+        sft.main(taught_run(tmp_path / "model", market, checkpoint if trained_before else untrained))
+    message = "compares the features" if trained_before else "needs a trained time-to-text extractor"
+    assert_refused(stop.value.code, capsys.readouterr().err, message, tmp_path / "model")

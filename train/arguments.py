@@ -148,6 +148,8 @@ def check_weights(args: ModelArguments) -> None:
     given = [name for name in SIZES if getattr(args, name) is not None]
     if given and args.model_name_or_path is not None:
         raise ValueError(f"{given[0]} is that of the checkpoint {args.model_name_or_path}")
+    if args.peft is not None and args.model_name_or_path is None:
+        raise ValueError("peft needs a model_name_or_path: an adapter changes a trained network")
 
 
 def bare_parser(description: str) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import format_scores, score
 from spaceexploreai.modeling_spaceexplore import SpaceExploreExperts, SpaceExplorePreTrainedModel
 from spaceexploreai.train.arguments import Run
+from spaceexploreai.train.lora import merged
 from spaceexploreai.train.tasks import Regression, Task
 from spaceexploreai.train.trainer import SpaceExploreTrainer
 
@@ -69,7 +70,7 @@ def write_report(trainer: SpaceExploreTrainer, task: Task, data: StockData, run:
     if not trainer.is_world_process_zero():
         return
     folder = Path(folder)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = merged(trainer.accelerator.unwrap_model(trainer.model))
     fields = {
         "title": run.training.run_name or folder.name,
         "head": type(model).__name__,

@@ -8,6 +8,7 @@ The output folder is a model repository: it loads with `trust_remote_code=True` 
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ from spaceexploreai.train.arguments import (
     command,
     parse_run,
 )
+from spaceexploreai.train.lora import ADAPTER, add_adapter, has_adapter, merged
 from spaceexploreai.train.report import write_report
 from spaceexploreai.train.tasks import TASKS, Task
 from spaceexploreai.train.trainer import SpaceExploreTrainer, balanced_weights
@@ -108,7 +110,8 @@ def check_statistics(extractor: SpaceExploreFeatureExtractor, checkpoint: str, o
 
 
 def make_model(model_args: ModelArguments, config: SpaceExploreConfig, task: Task) -> PreTrainedModel:
-    """The checkpoint to continue from, or a new network; a head that is new starts from the marginal distribution."""
+    """The checkpoint to continue from, by an adapter alone if told so, or a new network; a head that is new starts
+    from the marginal distribution."""
     if model_args.model_name_or_path is None:
         model, new = task.head(config), True
     else:
@@ -120,7 +123,11 @@ def make_model(model_args: ModelArguments, config: SpaceExploreConfig, task: Tas
         raise ValueError(
             f"t2t_loss_weight={config.t2t_loss_weight} needs a trained time-to-text extractor; this one never was"
         )
-    return model
+    if model_args.peft is None:
+        return model
+    if new and task.tokenizer is not None:
+        raise ValueError(f"{model_args.model_name_or_path} has no vocabulary, and an adapter cannot learn one")
+    return add_adapter(model, model_args.peft)
 
 
 def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
@@ -168,6 +175,8 @@ def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor, conf
     if not isinstance(folder, str) or not Path(folder, "trainer_state.json").is_file():
         raise ValueError(f"there is no checkpoint to resume from in {output if folder in (None, True) else folder}")
     check_statistics(extractor, folder, "the data it is to be trained on")
+    if not Path(folder, "config.json").is_file():  # of an adapter
+        return folder
     # By way of JSON, which makes lists of tuples.
     ours, theirs = (
         json.loads(one.to_json_string(use_diff=False)) for one in (config, type(config).from_pretrained(folder))
@@ -198,16 +207,24 @@ def fit(trainer: SpaceExploreTrainer, data: StockData, run: Run) -> None:
 
 
 def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
-    """Writes the model repository: weights, configurations and code, each file whole or not at all."""
+    """Writes the model repository: weights, configurations and code, each file whole or not at all.
+
+    An adapter is merged into the weights, and written by itself into the folder `adapter`.
+    """
     if not trainer.is_world_process_zero():
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(trainer.model, task.head)), None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    plain = merged(model)
+    tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(plain, task.head)), None)
     # Not trainer.save_model, which adds a pickle of the arguments.
     with TemporaryDirectory(dir=folder) as temporary:
-        for part in (trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, tokenizer):
+        for part in (plain, trainer.processing_class, tokenizer):
             if part is not None:
                 part.save_pretrained(temporary)
+        if has_adapter(model):
+            model.save_pretrained(Path(temporary, ADAPTER))
+            shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)
         for path in Path(temporary).iterdir():
             os.replace(path, Path(folder, path.name))
 
