@@ -248,7 +248,7 @@ def test_the_command_builds_and_reopens_a_cache_of_its_own(tmp_path, monkeypatch
     assert "2 tickers, 800 bars, 64 columns" in shown
     for stage in ("indicators", "series", "sft", "together"):
         assert re.search(rf"^\| {stage} \| \d+\.\d \| \d+\.\d \| \d+ \|$", shown, flags=re.MULTILINE)
-    # 320 days train and 20 of them do not know the volatility; from each ticker's last label back every 16 steps.
+    # 320 days train, the first 20 without a volatility and the last 10 without a label: 19 windows, 16 steps apart.
     assert "to the first of 38 windows" in shown
     sizes = re.search(r"the builder (\d+) MiB; .* once, (\d+) MiB, of which (\d+) MiB", shown)
     most, resident, anonymous = map(int, sizes.groups())

@@ -243,7 +243,8 @@ def test_the_key_of_a_folder_covers_every_file(tmp_path):
     assert stocks.fingerprint(str(tmp_path)) != key
 
 
-def test_processes_change_nothing(prices, columns, tmp_path, monkeypatch):
+def test_processes_and_groups_change_nothing(prices, columns, tmp_path, monkeypatch):
+    _, _, expected = cut_in_memory(prices, columns)
     monkeypatch.setattr(stocks, "TICKERS_PER_BATCH", 1)
     one = {name: make(name, prices, columns, cache_dir=tmp_path / "one") for name in ("sft", "dpo")}
     for name, builder in one.items():
@@ -252,6 +253,8 @@ def test_processes_change_nothing(prices, columns, tmp_path, monkeypatch):
         assert two.series.to_dict()["ticker"] == builder.series.to_dict()["ticker"] == ["T0", "T1", "T2", "T4"]
         for split in SPLITS:
             assert two.as_dataset(split).to_dict() == builder.as_dataset(split).to_dict()
+            if name == "sft":
+                assert_same_examples(open_windows(two.series, two.as_dataset(split)), expected[split])
 
 
 def test_columns_of_the_panel_see_all_tickers(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import signal
-import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ TIME_LIMIT = 300
 
 
 class Group:
-    """Processes of one process group; what they print is in a file each."""
+    """Processes of one process group; what each prints is in a file."""
 
     def __init__(self, size: int, folder: Path, target, *arguments):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank_{rank}.log" for rank in range(size)]
-        # The launcher has the store, hence no port can be taken by another before the processes listen at it.
+        # As torchrun does: a port that the launcher has cannot be taken by another before the processes use it.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = [
             SERVER.Process(target=run, args=(rank, size, self.store.port, log, target, arguments))
@@ -61,13 +61,24 @@ def run(rank: int, size: int, port: int, log: Path, target, arguments: tuple) ->
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.stderr.reconfigure(line_buffering=True)
     target(*arguments)
 
 
 def train(argv: list[str]) -> None:
-    """`train/sft.py` without its report, which takes longer than the few steps."""
-    run = sft.parse_run(argv)
-    trainer = sft.train(run)
-    sft.save_checkpoint(trainer, run.training.output_dir)
-    sft.leave(trainer)
+    """The command without the report that it ends with, which takes longer than a few steps."""
+    sft.write_report = lambda *_: None
+    sft.main(argv)
+
+
+def killed(argv: list[str], batch: int) -> None:
+    """Training of which the last process is killed at its `batch`-th batch, counted from zero."""
+    compute_loss, batches = SpaceExploreTrainer.compute_loss, count()
+
+    def deadly(*args, **kwargs):
+        last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        if next(batches) == batch and last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute_loss(*args, **kwargs)
+
+    SpaceExploreTrainer.compute_loss = deadly
+    train(argv)

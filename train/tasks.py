@@ -223,18 +223,20 @@ class TimeToText(Task):
         self.config, self.word_embeddings = config, objective.word_embeddings
         self.train, self.validation = ReturnsWindows(data.train), ReturnsWindows(data.validation)
         self.collate = partial(collate_windows, length=data.extractor.context_length)
-        self.check_patches(data.extractor.context_length)
+        for name in ("train", "validation"):
+            self.check_patches(name, getattr(self, name).rows)
 
     @property
     def stride(self) -> int:
         return self.config.t2t_patch_length - self.config.t2t_patch_overlap
 
-    def check_patches(self, context_length: int) -> None:
+    def check_patches(self, name: str, rows: np.ndarray) -> None:
+        longest = int((rows[:, 2] - rows[:, 1]).max()) + 1
         length, ratio = self.config.t2t_patch_length, self.config.t2t_mask_ratio
-        count = 1 + max(0, math.ceil((context_length - length) / self.stride))
+        count = 1 + max(0, math.ceil((longest - length) / self.stride))
         if count == max(1, round(count * (1 - ratio))):
             raise ValueError(
-                f"context_length {context_length} leaves nothing to hide: t2t_mask_ratio {ratio} of the "
+                f"{longest} days, the longest window of {name}, leave nothing to hide: t2t_mask_ratio {ratio} of "
                 f"{count} patches of t2t_patch_length {length}"
             )
 
@@ -270,9 +272,9 @@ class TimeToText(Task):
             "word_log_loss": loss,
             "word_log_loss_skill": 1 - loss / -np.log(self.shares)[words].mean(),
             "word_accuracy": (log_probabilities.argmax(axis=1) == words).mean(),
-            "word_base_rate": np.bincount(words).max() / len(words),
+            "word_base_rate": np.bincount(words, minlength=len(WORDS)).max() / max(len(words), 1),
         }
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
 
     def words(self, returns: np.ndarray) -> np.ndarray:
         """(N, T) returns to (N, P) indices of words."""
