@@ -806,15 +806,35 @@ def pair_splits(builder: Stocks) -> dict[str, dict]:
     return {name: {"within": within, **shared} for name, within in split._asdict().items()}
 
 
-def pair_rows(config: StocksConfig, group: list[int], series: Dataset, within: DateRange, context_length: int) -> dict:
+def pair_rows(
+    config: StocksConfig,
+    group: list[int],
+    series: Dataset,
+    within: DateRange,
+    context_length: int,
+    sample_paths: SamplePaths | None = None,
+) -> dict:
     store = SeriesStore(series.data.slice(group[0], group[-1] + 1 - group[0]))
-    sample_paths, tokenizer, rows = BlockBootstrap(config.seed), SpaceExploreTokenizer(), []
+    sample_paths, tokenizer, rows = sample_paths or BlockBootstrap(config.seed), SpaceExploreTokenizer(), []
     for index in group:
         one = store[index - group[0]]
         paths = non_overlapping_paths(one, config.horizons[-1], within, context_length)
         pairs = preference_pairs(one, *paths, sample_paths, tokenizer, context_length, config.margin)
         rows += [{"series": index, **pair} for pair in pairs]
     return {name: [row[name] for row in rows] for name in pair_columns(0, 0)}
+
+
+def sampled_pairs(builder: Stocks, sample_paths: SamplePaths) -> dict[str, Dataset]:
+    """The splits of the `dpo` configuration with rejected paths of a model. They are not cached."""
+    datasets = {}
+    for split, arguments in pair_splits(builder).items():
+        groups = arguments.pop("groups")
+        parts = [pair_rows(builder.config, group, **arguments, sample_paths=sample_paths) for group in groups]
+        tables = [pa.table(rows, schema=builder.info.features.arrow_schema) for rows in parts]
+        datasets[split] = Dataset(pa.concat_tables(tables))
+        if not len(datasets[split]):
+            raise ValueError(f"the {split} split of dpo is empty: too few dates or tickers")
+    return datasets
 
 
 def non_overlapping_paths(
@@ -849,7 +869,8 @@ def preference_pairs(
         one: a history.
         origins: (N,) its steps to forecast from.
         realised: (N, H) log-returns after each.
-        sample_paths: of a model, or `BlockBootstrap`; it gets each history up to and including its origin.
+        sample_paths: of a model (`train.sampling.ModelPaths`), or `BlockBootstrap`; it gets each history up to and
+            including its origin.
     """
     if not len(origins):
         return
@@ -861,7 +882,7 @@ def preference_pairs(
         texts = [tokenizer.to_text(path, one.scale[end]) for path in (chosen, rejected)]
         if distance >= margin and texts[0] != texts[1]:
             yield {
-                "prompt": tokenizer.prompt(context_length),
+                "prompt": tokenizer.prompt(int(one.traded[end + 1 - context_length : end + 1].sum())),
                 "chosen": texts[0],
                 "rejected": texts[1],
                 "ticker": one.ticker,

@@ -40,10 +40,12 @@ from spaceexploreai.data.stocks import (
     TICKERS_PER_BATCH,
     Stocks,
     StocksConfig,
+    sampled_pairs,
 )
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.train.arguments import command, make_parser
+from spaceexploreai.train.sampling import ModelPaths
 
 # A file of series of 20 years and 64 features then has some 60 MB, and one of windows the windows of its tickers.
 TICKERS_PER_FILE = 64
@@ -79,9 +81,8 @@ PITFALLS = """\
 - **beta sharpens.** The optimum is reference · (realised/rejected)^(1/beta): at TRL's default of 0.1 the forecast
   becomes far too narrow even for perfect pairs. Take beta 0.5 to 1, or keep a supervised term:
   `loss_type=["sigmoid", "sft"]`.
-- **Rejected paths** were resampled from the same ticker's earlier days, one a pair, in weekly blocks. A model learns
-  there what its context adds to that. Pairs of a model's own samples are closer to it; take one sample, never the
-  worst of several, which teaches it to be narrow.
+- **Rejected paths** are {rejected}.
+  Take one sample, never the worst of several, which teaches a model to be narrow.
 - **The margin filter** drops pairs whose ends lie close, so days with large moves are over-represented.
 - **Rising reward margins and accuracies are no forecast quality.** Choose by CRPS, coverage and rank correlation on
   the validation range of `sft`, beside supervised training for as many steps and pairs with randomised labels.
@@ -139,6 +140,7 @@ def make_build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/stocks"), help="default: %(default)s")
     parser.add_argument("--extractor", help="checkpoint whose features and statistics to keep; default: new ones")
     parser.add_argument("--universe", help="make pairs of nasdaq100, sp500, dow30 or the tickers of a text file alone")
+    parser.add_argument("--reference", help="causal language model that the rejected paths are sampled from")
     parser.add_argument("--horizons", help="comma-separated steps ahead; default: 1,2,5,10")
     for name in SIMPLE_OPTIONS:
         default = getattr(StocksConfig, name)
@@ -161,6 +163,8 @@ def dataset_options(args: argparse.Namespace) -> dict:
         is_file = Path(args.universe).is_file()
         tickers = read_tickers_file(args.universe) if is_file else read_universe(args.universe)["tickers"]
         options["pair_tickers"] = ",".join(tickers)
+    if args.reference is not None:  # the pairs must look to the model as what it was trained on
+        options["extractor"] = args.reference
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -174,12 +178,16 @@ def parse_horizons(text: str) -> tuple[int, ...]:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def build(names: tuple[str, ...], options: dict, num_proc: int | None = None) -> dict[str, Stocks]:
-    """Builders of the configurations, prepared."""
+def build(
+    names: tuple[str, ...], options: dict, num_proc: int | None = None, reference: str | None = None
+) -> dict[str, Stocks]:
+    """Builders of the configurations, prepared but for pairs that a model is to sample."""
     builders = {}
     for name in names:
         given = {key: value for key, value in options.items() if key in READS[name]}
         builders[name] = Stocks(config_name=name, **given)
+        if name == "dpo" and reference is not None:
+            continue
         builders[name].download_and_prepare(num_proc=num_proc)
         print(f"prepared {name} in {builders[name].cache_dir}", flush=True)
     return builders
@@ -204,12 +212,15 @@ def fill_by_cluster(cluster: str, config: StocksConfig, names: tuple[str, ...], 
         build_folder(client, config, names, folder, TICKERS_PER_FILE)
 
 
-def fill_from_cache(builders: dict[str, Stocks], folder: Path) -> None:
+def fill_from_cache(builders: dict[str, Stocks], reference: str | None, folder: Path) -> None:
     series = builders["series"]
     for name, builder in builders.items():
-        for split, dataset in builder.as_dataset().items():
+        sampled = name == "dpo" and reference is not None
+        datasets = pairs_of_model(builder, reference) if sampled else builder.as_dataset()
+        for split, dataset in datasets.items():
             write_shards(dataset, folder / name, split, len(series.series))
-    (folder / METADATA_NAME).write_text(json.dumps(series.metadata, indent=2) + "\n", encoding="utf-8")
+    metadata = series.metadata | ({} if reference is None else {"reference": reference})
+    (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     series.extractor.to_json_file(folder / "preprocessor_config.json")
 
 
@@ -220,6 +231,17 @@ def fingerprint_of(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def pairs_of_model(builder: Stocks, reference: str) -> dict[str, Dataset]:
+    """Preference pairs whose rejected paths are the reference model's, of the dates that it was trained on."""
+    paths = ModelPaths.from_pretrained(reference, builder.extractor.context_length, builder.config.seed)
+    end, cutoff = builder.metadata["splits"]["train"][1], paths.model.config.train_cutoff
+    if cutoff is not None and cutoff < end:
+        raise ValueError(
+            f"{reference} was trained to {cutoff}, and pairs are made to {end}: align it on what it knows"
+        )
+    return sampled_pairs(builder, paths)
 
 
 @contextmanager
@@ -274,11 +296,20 @@ def write_card(folder: Path, config: StocksConfig, licence: str) -> str:
         target=config.target,
         dpo=f"Pairs are at least {config.margin:g}·scale·√H apart." if "dpo" in names else "",
         batch=TICKERS_PER_BATCH,
-        pitfalls=PITFALLS,
+        pitfalls=PITFALLS.format(rejected=describe_rejected(read_metadata(folder).get("reference"))),
         licence=licence,
     )
     head = yaml.safe_dump(card_metadata(names, read_metadata(folder)["fingerprint"]), sort_keys=False)
     return f"---\n{head}---\n\n{body}"
+
+
+def describe_rejected(reference: str | None) -> str:
+    if reference is not None:
+        return f"one sample each of the causal language model `{reference}`: it learns what its own paths lack"
+    return (
+        "resampled from the same ticker's earlier days, one a pair, in weekly blocks: a model learns what its\n"
+        "  context adds to those. `--reference MODEL` takes a model's own samples, which are closer to it"
+    )
 
 
 def count_rows(folder: Path) -> Iterator[str]:
@@ -370,10 +401,12 @@ def main(argv: list[str] | None = None) -> None:
     names = ("series", *(("sft", "dpo") if args.config == "all" else (args.config,)))
     options = dataset_options(args)
     config = StocksConfig(**options)
+    if args.cluster is not None and args.reference is not None:
+        raise ValueError(f"--reference {args.reference} samples in one process, not on the cluster {args.cluster}")
     if args.cluster is not None:
         fill = partial(fill_by_cluster, args.cluster, config, names[1:])
     else:
-        fill = partial(fill_from_cache, build(names, options, args.num_proc))
+        fill = partial(fill_from_cache, build(names, options, args.num_proc, args.reference), args.reference)
     licence = args.licence or (SAMPLE_LICENCE if args.prices is None else UNKNOWN_LICENCE)
     write_folder(args.output_dir, fill, config, licence)
     print(CleaningReport.from_dict(read_metadata(args.output_dir)["cleaning"]), file=sys.stderr)

@@ -311,7 +311,9 @@ def test_chosen_is_the_realised_path_and_lies_in_the_training_range(prices, colu
         decoded = tokenizer.decode_returns(np.array(chosen[:-1]), row["scale"])
         # Within the width of a bin: bins are at most 6.5 % of the return wide, or 0.015 volatilities.
         np.testing.assert_allclose(decoded, path, rtol=0.04, atol=0.01 * row["scale"])
-        assert tokenizer(row["prompt"])["input_ids"] == [tokenizer.ts_token_id] * CONTEXT + [tokenizer.bos_token_id]
+        close = builder.series[row["series"]]["close"][row["first"] : row["last"] + 1]
+        placeholders = [tokenizer.ts_token_id] * int(np.isfinite(close).sum())
+        assert tokenizer(row["prompt"])["input_ids"] == [*placeholders, tokenizer.bos_token_id]
         assert row["last"] + 1 - row["first"] == CONTEXT
         origins.append((row["ticker"], row["series"], row["last"], row["date"]))
     assert len(origins) > 60
