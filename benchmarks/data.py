@@ -37,7 +37,7 @@ COLUMNS = list(FEATURE_PRESETS["default"])
 TOLERANCE = 1e-6  # relative, or absolute below one
 LEAST_BARS = 300  # the longest window has 250 volatilities, each of 20 returns
 STAGES = ("indicators", "series", "sft")
-BATCH_SIZE, DRAWN_WINDOWS = 64, 65_536
+BATCH_SIZE, DRAWN_WINDOWS, DRAWS = 64, 16_384, 10
 
 
 # --- the columns, as a user of pandas-ta-classic writes them ---------------------------------------------------------
@@ -332,8 +332,7 @@ def reload(options: dict) -> tuple[float, int, tuple[float, float]]:
     windows = build_stocks(**options).train
     collate_windows([windows[0]])
     seconds = time.perf_counter() - start
-    draw(windows, seed=0)  # from the disk into memory
-    return seconds, len(windows), draw(windows, seed=1)
+    return seconds, len(windows), max(draw(windows, seed) for seed in range(DRAWS))
 
 
 def draw(windows: StoredWindows, seed: int) -> tuple[float, float]:
@@ -368,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         print(format_build(stages, largest, peak), flush=True)
         (seconds, windows, speeds), _ = in_new_process(reload, {**options, "cache_dir": folder})
     print(f"reload: {seconds:.2f} s to the first of {windows:,} windows")
-    print("in batches: {:,.0f} windows/s, {:,.0f} a second of CPU time".format(*speeds))
+    print("in batches, best of {}: {:,.0f} windows/s, {:,.0f} a second of CPU time".format(DRAWS, *speeds))
 
 
 if __name__ == "__main__":

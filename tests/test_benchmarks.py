@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import make_market
 
-from spaceexploreai.benchmarks import data, kv_cache
+from spaceexploreai.benchmarks import data, kv_cache, train_step
 from spaceexploreai.benchmarks.kv_cache import RECIPE, bytes_per_token, fill_cache, make_model, tokens_per_second
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import write_table
 from spaceexploreai.modeling_spaceexplore import SpaceExploreLatentAttention
 
@@ -267,3 +268,105 @@ def test_a_mistake_is_an_error_of_one_line(options, message, capsys):
         data.main(options)
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip() == message
+
+
+# --- train_step ---
+
+
+def products_of_a_step(config: SpaceExploreConfig, context: int) -> int:
+    """Multiplications and additions a token, forward and backward: 6 for each weight that the token meets."""
+    model, heads, width = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.mscnn_hidden_size or config.hidden_size,
+    )
+    query, horizons = config.qk_nope_head_dim + config.qk_rope_head_dim, len(config.horizons)
+    embedding = 5 / 3 * config.num_features * model  # whether a value is missing gets no gradient
+    branches = config.mscnn_num_branches * (width // config.mscnn_num_branches) ** 2 * config.mscnn_kernel_size
+    wavelet = 2 / 3 * config.wavelet_levels * width * 8  # the taps of db4 get no gradient
+    front_end = embedding + config.mscnn_num_blocks * (2 * model * width + branches + wavelet)
+    latent = model * (config.kv_lora_rank + config.qk_rope_head_dim)
+    expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    scores = heads * (context + 1) / 2 * (query + config.v_head_dim)
+    attention = model * heads * query + latent + expanded + scores + heads * config.v_head_dim * model
+    expert = 3 * model * config.moe_intermediate_size
+    chosen = config.n_shared_experts + config.num_experts_per_tok
+    sparse = config.num_hidden_layers - config.first_k_dense_replace
+    dense = config.first_k_dense_replace * 3 * model * config.intermediate_size
+    mlps = dense + sparse * (chosen * expert + model * config.n_routed_experts)
+    last = model * horizons * (1 + len(config.quantile_levels))
+    return round(6 * (front_end + config.num_hidden_layers * attention + mlps + last))
+
+
+# Heads of one size, without which torch has no fused attention on CPU; else no two alike.
+STEP_SIZES = {**SIZES, "v_head_dim": 16, "mscnn_hidden_size": 36, "mscnn_kernel_size": 5, "wavelet_levels": 2}
+
+
+def make_training(**overrides) -> train_step.Training:
+    return train_step.Training(SpaceExploreConfig(**{**STEP_SIZES, **overrides}), tokens=32, context=16)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"num_experts_per_tok": 3, "n_shared_experts": 2}, {"first_k_dense_replace": 2, "mscnn_num_blocks": 1}],
+)
+def test_the_products_of_a_step_are_those_of_the_formula(overrides):
+    training = make_training(**overrides)
+    assert training.count_flops() == 32 * products_of_a_step(training.model.config, 16)
+
+
+def test_the_products_are_those_of_the_model_whatever_runs_it():
+    training = make_training()
+    expected = training.count_flops()
+    training.model.set_experts_implementation("eager")  # one by one, which the counter of torch knows
+    assert training.count_flops() == expected
+
+
+def test_a_token_of_the_27m_recipe_takes_six_operations_a_weight_that_it_meets():
+    config = SpaceExploreConfig(**json.loads(train_step.RECIPE.read_text(encoding="utf-8")))
+    flops = train_step.Training(config, tokens=64, context=64).count_flops()
+    assert flops == 64 * products_of_a_step(config, 64) == pytest.approx(64 * 6 * 12.2e6, rel=0.01)
+
+
+def test_utilisation_is_the_median_of_the_rounds_ratios():
+    rounds = [train_step.Round(step, 0.1, speed) for step, speed in ((2.0, 50.0), (1.0, 50.0), (4.0, 10.0))]
+    assert train_step.utilisation(rounds, flops=80) == pytest.approx(1.6)  # of 0.8, 1.6 and 2.0
+
+
+def test_the_parts_leave_nothing_out_but_norms():
+    training = make_training()
+    training.backward()
+    whole = {name: weight.grad for name, weight in training.model.named_parameters() if weight.grad is not None}
+    training.optimizer.zero_grad()
+    for run in chain(*train_step.parts(training).values()):
+        run()
+    alone = {name: weight.grad for name, weight in training.model.named_parameters() if weight.grad is not None}
+    left_out = {name for name in whole if name not in alone}
+    assert left_out == {name for name in whole if re.search(r"model\.(layers\.\d+\.\w+_layernorm|norm)\.", name)}
+    # What comes last is given what it is given in the whole, and its gradient too.
+    torch.testing.assert_close(alone["quantile_head.weight"], whole["quantile_head.weight"])
+
+
+def test_the_clock_of_products_counts_those_alone():
+    def run(tokens):
+        factor = torch.ones(400, 400)
+        with train_step.ProductClock() as products:
+            for _ in range(50):
+                factor = factor @ factor / 400 if tokens else torch.sin(factor)
+        return products.seconds
+
+    assert run(False) == 0 < run(True)
+
+
+@pytest.mark.parametrize(("tokens", "step", "fails"), [(64, 9.0, False), (2048, 9.0, True), (2048, 1e-9, False)])
+def test_the_step_command_fails_below_three_quarters(tokens, step, fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(train_step, "measure", lambda *_: [train_step.Round(step, step, 1e9)])
+    monkeypatch.setattr(train_step, "measure_parts", lambda *_: {"front end": step / 4})
+    arguments = ["--model-config", write_recipe(tmp_path), "--tokens", str(tokens)]
+    if fails:
+        with pytest.raises(SystemExit, match=r"below 0\.75"):
+            train_step.main(arguments)
+    else:
+        train_step.main(arguments)
+    assert "| front end | " in capsys.readouterr().out

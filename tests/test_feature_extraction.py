@@ -19,12 +19,14 @@ from spaceexploreai.feature_extraction_spaceexplore import (
     PRICE_COLUMNS,
     TABLE_COLUMNS,
     VOLATILITY_BARS,
+    EncodedSeries,
     SpaceExploreFeatureExtractor,
     cumulative_probability,
     following_sessions,
     quantile_columns,
     sessions_of_years,
     validate_prices,
+    with_missing_sessions,
 )
 from spaceexploreai.indicators_spaceexplore import (
     FEATURE_PRESETS,
@@ -640,6 +642,32 @@ SESSIONS = {
     "Easter in London": ("XLON", "2024-03-28", 1, "2024-04-02"),
     "New Year in Tokyo": ("XTKS", "2024-12-30", 1, "2025-01-06"),
 }
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.integers(1998, 2012), st.integers(0, 8)), min_size=1, max_size=3))
+def test_sessions_do_not_depend_on_what_was_asked_before(spans):
+    for first, years in spans:
+        found = sessions_of_years("XNYS", pd.Timestamp(first, 5, 9), pd.Timestamp(first + years, 8, 1))
+        calendar = exchange_calendars.get_calendar("XNYS", start=f"{first}-01-01", end=f"{first + years}-12-31")
+        np.testing.assert_array_equal(found, calendar.sessions.to_numpy("datetime64[ns]"))
+
+
+def test_tickers_of_many_listing_years_share_a_calendar(monkeypatch):
+    """One takes a quarter of a second to make, as long as the columns of twenty tickers."""
+    made, make = [], exchange_calendars.get_calendar
+    monkeypatch.setattr(feature_extraction_spaceexplore, "_CALENDARS", {})
+
+    def count(*args, **kwargs):
+        made.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(exchange_calendars, "get_calendar", count)
+    for year in (*range(1990, 2020), *range(1990, 2020)):
+        dates = pd.bdate_range(f"{year}-03-01", "2020-03-02").to_numpy("datetime64[ns]")
+        nothing = np.zeros((len(dates), 0), np.float32)
+        with_missing_sessions(EncodedSeries("AAA", dates, np.ones(len(dates)), nothing, nothing), "XNYS")
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(("calendar", "cutoff", "horizon", "date"), SESSIONS.values(), ids=SESSIONS)

@@ -107,6 +107,18 @@ def test_memory_stays_level_and_the_watch_sees_what_is_kept(large):
     assert growth(quarters) < streamed / 20
 
 
+def test_the_watch_sees_what_is_held_for_a_moment():
+    def batches():
+        for number in range(400):
+            held = np.ones(MB * 25) if number == 250 else None
+            yield {"scale": np.ones(1)}
+            del held
+
+    quarters = stream.watch(batches(), 400, batches_per_look=1)
+    assert [quarter.windows for quarter in quarters] == [100] * 4
+    assert [round((quarter.memory - quarters[0].memory) / MB, -2) for quarter in quarters] == [0, 0, 200, 0]
+
+
 # --- Trainer ---
 
 

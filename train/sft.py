@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import distributed as dist
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import sort_checkpoints
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.stocks import StockData, StocksConfig, build_stocks, open_extractor, open_stocks
@@ -139,8 +139,18 @@ def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
 # --- training ---
 
 
+def check_processes(training: TrainingArguments) -> None:
+    """Processes that do not know of each other would each train alone, and write the same files."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != training.world_size:
+        raise ValueError(
+            f"of {started} processes each would train alone; those on a CPU find each other with --use_cpu true"
+        )
+
+
 def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
     """The trainer of a run, what it is trained for, and its data."""
+    check_processes(run.training)
     set_seed(run.training.seed)
     config = make_config(run.model, run.objective, make_extractor(run.model, run.data))
     with run.training.main_process_first(desc="the dataset"):  # the others find it in the cache
@@ -165,15 +175,31 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
     return trainer, task, data
 
 
+def is_whole(checkpoint: str) -> bool:
+    """Whether a checkpoint was written to its end, which is the state of the trainer."""
+    try:
+        return bool(json.loads(Path(checkpoint, "trainer_state.json").read_bytes()))
+    except (OSError, ValueError):
+        return False
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """That of the most steps. A process that is killed while it writes leaves a part of one."""
+    checkpoints = sort_checkpoints(folder) if os.path.isdir(folder) else []
+    return next(filter(is_whole, reversed(checkpoints)), None)
+
+
 def checkpoint_to_resume(run: Run, extractor: SpaceExploreFeatureExtractor, config: SpaceExploreConfig) -> str | None:
     """The folder that training goes on from, of the same data and network; `true` names the newest in `output_dir`."""
     given = run.training.resume_from_checkpoint
     if given in (None, False, "false"):
         return None
     output = run.training.output_dir
-    folder = get_last_checkpoint(output) if given in (True, "true") and os.path.isdir(output) else given
-    if not isinstance(folder, str) or not Path(folder, "trainer_state.json").is_file():
-        raise ValueError(f"there is no checkpoint to resume from in {output if folder in (None, True) else folder}")
+    folder = newest_checkpoint(output) if given in (True, "true") else given
+    if folder is None or not is_whole(folder):
+        raise ValueError(f"there is no checkpoint to resume from in {folder or output}")
+    if not Path(folder, "scheduler.pt").is_file():
+        raise ValueError(f"{folder} has weights alone (save_only_model): continue from it by model_name_or_path")
     check_statistics(extractor, folder, "the data it is to be trained on")
     if not Path(folder, "config.json").is_file():  # of an adapter
         return folder
@@ -211,6 +237,8 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
 
     An adapter is merged into the weights, and written by itself into the folder `adapter`.
     """
+    # Every process has a part of a sharded network, and gives it.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -219,7 +247,8 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
     tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(plain, task.head)), None)
     # Not trainer.save_model, which adds a pickle of the arguments.
     with TemporaryDirectory(dir=folder) as temporary:
-        for part in (plain, trainer.processing_class, tokenizer):
+        plain.save_pretrained(temporary, state_dict=weights)
+        for part in (trainer.processing_class, tokenizer):
             if part is not None:
                 part.save_pretrained(temporary)
         if has_adapter(model):

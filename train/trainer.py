@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from accelerate.data_loader import get_sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
 from spaceexploreai.data.stocks import StoredWindows
@@ -33,6 +34,30 @@ class SpaceExploreTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BalancedSampler(self.weights, seed)
 
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.weights is not None:
+            # accelerate does this with samplers of its own; else several processes resume an epoch in another's order.
+            loader.set_sampler(get_sampler(loader))
+        return loader
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        """Training alone may drop the windows that fill no batch: metrics are those of all."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        self.args.dataloader_drop_last = drop_last
+        return loader
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # Sharding makes the class anew, as one of torch's: the library would put torch's code beside the weights.
+            sharded = type(self.model)
+            original = sharded.__mro__[2]
+            sharded.__module__, sharded.__name__ = original.__module__, original.__name__
+        return prepared
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows = inputs.pop("row", None)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -44,9 +69,11 @@ class SpaceExploreTrainer(Trainer):
 
     def explain(self, model, inputs: dict[str, torch.Tensor], rows: torch.Tensor, loss: torch.Tensor) -> str:
         """Which windows of the batch have a loss that is no number, each by itself."""
-        with torch.no_grad():
-            alone = [model(**{name: value[[one]] for name, value in inputs.items()}).loss for one in range(len(rows))]
-        broken = [row for row, one in zip(rows.tolist(), alone, strict=True) if not torch.isfinite(one)]
+        broken, network = [], self.accelerator.unwrap_model(model)  # wrapped, it would wait for the other processes
+        if not self.is_fsdp_enabled:  # and so it would in parts
+            with torch.no_grad():
+                alone = [network(**{name: value[[one]] for name, value in inputs.items()}).loss for one in range(len(rows))]
+            broken = [row for row, one in zip(rows.tolist(), alone, strict=True) if not torch.isfinite(one)]
         windows = ", ".join(self.train_dataset.name(row) for row in (broken or rows.tolist())[:5])
         return f"the loss is {loss.item()} at step {self.state.global_step + 1}, of the windows {windows}"
 
@@ -72,6 +99,11 @@ class SpaceExploreTrainer(Trainer):
             # A half-written one would be taken for the newest when training is resumed.
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What is written next says that the checkpoint is whole.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with told("read", resume_from_checkpoint):

@@ -1,0 +1,263 @@
+"""How near a training step comes to the matrix products that it is made of, at this machine's speed of such.
+
+    python benchmarks/train_step.py [--model-config FILE] [--tokens 2048] [--context 64] [--rounds 9]
+
+Random inputs with a label at every step, one thread, float32: forward, backward, clipping and the optimiser that
+`Trainer` takes by default. Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B) is the time that the products
+of the model would take at the speed of a large square one, over the time of the step. Both take turns, and the median
+of the rounds' ratios is shown. Times are CPU times of the process: where nothing else runs, those of the clock. Exit
+code 1 when 2,000 tokens or more have a utilisation below 0.75, which is asked of recipes/27m.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import Trainer, TrainingArguments
+
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression, SpaceExploreModel, SpaceExploreMoE
+from spaceexploreai.train.arguments import bare_parser, command
+from spaceexploreai.train.memory import keep_freed_memory
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "27m" / "config.json"
+SQUARE = 2048  # rows and columns of the product that sets the machine's speed
+LEAST_UTILISATION, LEAST_TOKENS = 0.75, 2000
+
+clock = time.process_time
+
+
+def grouped_flops(rows: torch.Size, weights: torch.Size, *args, out_shape=None, **kwargs) -> int:
+    """Every row with the weights of its expert; of the weights' gradient, every column with its row."""
+    return 2 * rows[0] * rows[1] * weights[-1]
+
+
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args, out_shape=None, **kwargs) -> int:
+    """The triangle of keys up to each query."""
+    batch_size, heads, steps, width = query
+    return 2 * batch_size * heads * (steps * (steps + 1) // 2) * (width + value[-1])
+
+
+def attention_backward_flops(grad: torch.Size, *args, **kwargs) -> int:
+    """Two products for each one; that the kernel makes the weights again is no work of the model."""
+    return 2 * attention_flops(*args, **kwargs)
+
+
+# Of what the network calls, what the counter of torch does not know.
+UNCOUNTED = {
+    torch.ops.aten._grouped_mm: grouped_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+PRODUCTS = {*UNCOUNTED, *flop_registry}
+
+
+class ProductClock(TorchDispatchMode):
+    """Seconds in matrix products, as they run within the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = clock()
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.seconds += clock() - start
+        return output
+
+
+class Training:
+    """The network of a recipe, a batch and an optimiser."""
+
+    def __init__(self, config: SpaceExploreConfig, tokens: int, context: int):
+        torch.manual_seed(0)
+        self.model = SpaceExploreForRegression(config).train()
+        arguments = TrainingArguments("unused", use_cpu=True, report_to=[])
+        self.max_grad_norm = arguments.max_grad_norm
+        self.optimizer = Trainer(self.model, arguments).create_optimizer()
+        shape = (tokens // context, context)
+        self.batch = {
+            "past_values": torch.randn(*shape, config.num_features),
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+            "scale": torch.full(shape, 0.02),
+            "labels": 0.02 * torch.randn(*shape, len(config.horizons)),
+        }
+
+    def backward(self) -> None:
+        self.model(**self.batch).loss.backward()
+
+    def clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.backward()
+        self.clip()
+        self.update()
+
+    def count_flops(self) -> int:
+        """Of the matrix products and convolutions of forward and backward; experts work on the tokens they got."""
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            self.backward()
+        self.optimizer.zero_grad()
+        return counter.get_total_flops()
+
+
+def seconds(function: Callable[[], None]) -> float:
+    start = clock()
+    function()
+    return clock() - start
+
+
+class Square:
+    """A large square product, by which the speed of the machine is judged."""
+
+    def __init__(self, size: int):
+        self.factor, self.product = torch.randn(size, size), torch.empty(size, size)
+
+    def speed(self) -> float:
+        """Floating-point operations a second."""
+        multiply = seconds(lambda: torch.mm(self.factor, self.factor, out=self.product))
+        return 2 * len(self.product) ** 3 / multiply
+
+
+class Round(NamedTuple):
+    step: float  # seconds
+    products: float  # seconds of another step's matrix products
+    speed: float  # of the square product before and after
+
+
+def measure(training: Training, rounds: int) -> list[Round]:
+    square, measured = Square(SQUARE), []
+    for _ in range(rounds + 1):
+        before = square.speed()
+        step = seconds(training.step)
+        after = square.speed()
+        with ProductClock() as products:
+            training.step()
+        measured.append(Round(step, products.seconds, (before + after) / 2))
+    return measured[1:]  # the first warms up
+
+
+def utilisation(rounds: list[Round], flops: int) -> float:
+    return median(flops / one.speed / one.step for one in rounds)
+
+
+def format_steps(training: Training, rounds: list[Round], flops: int) -> str:
+    step, products, speed = (median(values) for values in zip(*rounds, strict=True))
+    targets = training.batch["labels"].numel()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return (
+        f"| {training.batch['scale'].numel():,} | {flops / 1e9:.1f} | {speed / 1e9:.1f} | {flops / speed:.3f} "
+        f"| {products:.3f} | {step:.3f} | {utilisation(rounds, flops):.3f} | {targets / step:,.0f} "
+        f"| {memory / 2**20:,.0f} |"
+    )
+
+
+STEPS_HEAD = (
+    "| tokens | products, GFLOP | square, GFLOP/s | products at that speed, s | products as they run, s | step, s "
+    "| utilisation | targets/s | peak MB |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def detached(values):
+    """The same tensors as leaves, which get a gradient if they had one."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), values)
+
+
+def both_ways(module: nn.Module, args: tuple, kwargs: dict) -> Callable[[], None]:
+    """Forward and backward of one part of the network, on what it was given."""
+    args, kwargs = detached((args, kwargs))
+
+    def run():
+        output = module(*args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        output.backward(torch.ones_like(output))
+
+    return run
+
+
+def parts(training: Training) -> dict[str, list[Callable[[], None]]]:
+    """What a step consists of, each to be run by itself."""
+    base, found = training.model.model, {}
+    modules = {base.value_embedding: "front end", base.mscnn: "front end"}
+    for layer in base.layers:
+        mlp = "router and experts" if isinstance(layer.mlp, SpaceExploreMoE) else "dense layers"
+        modules |= {layer.self_attn: "attention", layer.mlp: mlp}
+
+    def keep(module, args, kwargs):
+        found.setdefault(modules[module], []).append(both_ways(module, args, kwargs))
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
+    outputs = detached(
+        base(**{name: training.batch[name] for name in ("past_values", "attention_mask")}, output_router_logits=True)
+    )
+    for hook in hooks:
+        hook.remove()
+
+    def heads():
+        with patch.object(SpaceExploreModel, "forward", return_value=outputs):
+            training.backward()
+
+    return found | {"heads and loss": [heads]}
+
+
+def measure_parts(training: Training, rounds: int) -> dict[str, float]:
+    """Seconds of each part, the median of the rounds."""
+    measured, network = {}, parts(training)
+    for _ in range(rounds):
+        for name, runs in network.items():
+            training.optimizer.zero_grad()
+            measured.setdefault(name, []).append(sum(map(seconds, runs)))
+        training.optimizer.zero_grad()
+        training.backward()
+        measured.setdefault("clipping", []).append(seconds(training.clip))
+        measured.setdefault("optimiser", []).append(seconds(training.update))
+    return {name: median(values) for name, values in measured.items()}
+
+
+def format_parts(measured: dict[str, float], step: float) -> str:
+    lines = ["| part, forward and backward | s | of the step |", "|---|---:|---:|"]
+    rest = {"the rest: norms, residuals, mask": step - sum(measured.values())}
+    lines += [f"| {name} | {part:.3f} | {part / step:.1%} |" for name, part in (measured | rest).items()]
+    return "\n".join(lines)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = bare_parser(__doc__)
+    parser.add_argument("--model-config", type=Path, default=RECIPE, help="config.json; default: recipes/27m")
+    for name, default in {"tokens": SQUARE, "context": 64, "rounds": 9}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.context < 1 or args.tokens < 1 or args.tokens % args.context:
+        raise ValueError(f"tokens must be a multiple of the context, got {args.tokens} and {args.context}")
+    config = SpaceExploreConfig(**json.loads(args.model_config.read_text(encoding="utf-8")))
+    torch.set_num_threads(1)  # a second would measure whatever else the machine is doing
+    keep_freed_memory()  # as training does
+    training = Training(config, args.tokens, args.context)
+    flops = training.count_flops()
+    rounds = measure(training, args.rounds)
+    print(f"{STEPS_HEAD}\n{format_steps(training, rounds, flops)}\n")
+    print(format_parts(measure_parts(training, args.rounds), median(one.step for one in rounds)))
+    if args.tokens >= LEAST_TOKENS and utilisation(rounds, flops) < LEAST_UTILISATION:
+        raise SystemExit(f"the utilisation is below {LEAST_UTILISATION}")  # on standard error, with exit code 1
+
+
+if __name__ == "__main__":
+    main()
