@@ -121,7 +121,7 @@ def about(tickers: Sequence[str]) -> Iterator[None]:
 def names_of_tickers(config: StocksConfig) -> dict[str, list[str]]:
     """Each ticker, in order, with the ways in which the prices write it: cleaning takes spaces off."""
     path = prices_path(config)
-    found = list_tickers(path) if config.tickers is None else prices.parse_tickers(config.tickers)
+    found = prices.list_tickers(path) if config.tickers is None else prices.parse_tickers(config.tickers)
     names = {}
     for name in found:
         if not (name or "").strip():
@@ -132,21 +132,6 @@ def names_of_tickers(config: StocksConfig) -> dict[str, list[str]]:
 
 def prices_path(config: StocksConfig) -> Path:
     return Path(prices.SAMPLE_PATH if config.prices is None else config.prices)
-
-
-def list_tickers(path: Path) -> list[str | None]:
-    """Tickers as a folder or file names them; nothing else is read of a parquet file."""
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or directory: {path}")
-    if path.is_dir():
-        return list(prices._yahoo_files(path))
-    if path.suffix.lower() != ".parquet":
-        return prices.read_raw(path)["ticker"].unique().tolist()
-    with pq.ParquetFile(path) as file:
-        known = prices._known_columns(file.schema_arrow.names, ["ticker"], path)
-        columns = [column for column, name in known.items() if name == "ticker"]
-        groups = (file.read_row_group(group, columns)[0].unique() for group in range(file.num_row_groups))
-        return list(dict.fromkeys(chain(*(group.to_pylist() for group in groups))))
 
 
 def read(config: StocksConfig, names: list[str]) -> tuple[pd.DataFrame, CleaningReport]:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,21 @@ def read_raw(path: str | os.PathLike, tickers: Sequence[str] | None = None) -> p
     if path.is_dir():
         return _read_yahoo(path, tickers)
     return _read_file(path, TABLE_COLUMNS, tickers)
+
+
+def list_tickers(path: Path) -> list[str | None]:
+    """Tickers as a folder or file names them; nothing else is read of a parquet file."""
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or directory: {path}")
+    if path.is_dir():
+        return list(_yahoo_files(path))
+    if path.suffix.lower() != ".parquet":
+        return read_raw(path)["ticker"].unique().tolist()
+    with pq.ParquetFile(path) as file:
+        known = _known_columns(file.schema_arrow.names, ["ticker"], path)
+        columns = [column for column, name in known.items() if name == "ticker"]
+        groups = (file.read_row_group(group, columns)[0].unique() for group in range(file.num_row_groups))
+        return list(dict.fromkeys(chain(*(group.to_pylist() for group in groups))))
 
 
 def _read_file(path: Path, required: Sequence[str], tickers: Sequence[str] | None = None) -> pd.DataFrame:

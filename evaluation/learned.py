@@ -85,7 +85,7 @@ def fit_ridge(days: np.ndarray, features: np.ndarray, targets: np.ndarray, horiz
     Raises:
         ValueError: a target that is not finite, or too few steps in the tail of the dates or before it.
     """
-    days, features, targets = _evenly_spaced(days, features, targets)
+    days, features, targets = _checked(days, features, targets)
     fit, tail = split_tail(days, max(horizons))
     filled = _fill(features)
     trials = (_ridge(filled[fit], targets[fit], penalty)(filled[tail]) for penalty in PENALTIES)
@@ -118,7 +118,7 @@ def fit_lightgbm(
     Carroll, 1987) whose logarithmic link keeps it positive. Arguments and errors are those of `fit_ridge`; the number
     of threads changes no forecast.
     """
-    days, features, targets = _evenly_spaced(days, features, targets)
+    days, features, targets = _checked(days, features, targets)
     fit, tail = split_tail(days, max(horizons))
     means, spreads = [], []
     for target in map(np.array, targets.T):
@@ -182,7 +182,7 @@ def evenly_spaced(count: int, limit: int = MAX_ROWS) -> np.ndarray:
     return np.unique((places * (count / limit)).astype(np.int64))
 
 
-def _evenly_spaced(days: np.ndarray, features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
+def _checked(days: np.ndarray, features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
     finite = np.isfinite(targets)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]

@@ -4,12 +4,20 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.train import sft
 from spaceexploreai.train.trainer import SpaceExploreTrainer
 
@@ -22,7 +30,7 @@ TIME_LIMIT = 300
 class Group:
     """Processes of one process group; what each prints is in a file."""
 
-    def __init__(self, size: int, folder: Path, target, *arguments):
+    def __init__(self, size: int, folder: Path, target: Callable, *arguments):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank_{rank}.log" for rank in range(size)]
         # As torchrun does: a port that the launcher has cannot be taken by another before the processes use it.
@@ -52,7 +60,7 @@ class Group:
         return "\n".join(log.read_text() for log in self.logs)
 
 
-def run(rank: int, size: int, port: int, log: Path, target, arguments: tuple) -> None:
+def run(rank: int, size: int, port: int, log: Path, target: Callable, arguments: tuple) -> None:
     if size > 1:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
@@ -64,21 +72,79 @@ def run(rank: int, size: int, port: int, log: Path, target, arguments: tuple) ->
     target(*arguments)
 
 
+# --- training ---
+
+
 def train(argv: list[str]) -> None:
     """The command without the report that it ends with, which takes longer than a few steps."""
     sft.write_report = lambda *_: None
     sft.main(argv)
 
 
-def killed(argv: list[str], batch: int) -> None:
-    """Training of which the last process is killed at its `batch`-th batch, counted from zero."""
-    compute_loss, batches = SpaceExploreTrainer.compute_loss, count()
+def train_apart(argv: list[str], folder: Path) -> None:
+    """As `train`, into a folder of each process."""
+    train([*argv, "--output_dir", str(folder / os.environ["RANK"])])
 
-    def deadly(*args, **kwargs):
-        last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-        if next(batches) == batch and last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return compute_loss(*args, **kwargs)
 
-    SpaceExploreTrainer.compute_loss = deadly
+def train_sharded(argv: list[str], environment: dict[str, str]) -> None:
+    """As `train`, as accelerate does on accelerators that it gives this environment to."""
+    os.environ |= environment
+    make = SpaceExploreTrainer.__init__
+
+    def make_on_accelerators(*args, **kwargs):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # on a CPU it would not shard
+        make(*args, **kwargs)
+
+    SpaceExploreTrainer.__init__ = make_on_accelerators
     train(argv)
+
+
+def train_disturbed(argv: list[str], batch: int, disturb: Callable, target: Callable = train, *arguments) -> None:
+    """As `target`; something happens to the last process at its `batch`-th batch, counted from zero."""
+    compute_loss, batches = SpaceExploreTrainer.compute_loss, count()
+    is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+    def disturbed(trainer, model, inputs, **kwargs):
+        if next(batches) == batch and is_last:
+            disturb(inputs)
+        return compute_loss(trainer, model, inputs, **kwargs)
+
+    SpaceExploreTrainer.compute_loss = disturbed
+    target(argv, *arguments)
+
+
+def kill(inputs: dict[str, torch.Tensor]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def poison(inputs: dict[str, torch.Tensor]) -> None:
+    inputs["scale"][1] = torch.nan
+
+
+# --- one step ---
+
+
+def step(model, batch: dict[str, torch.Tensor], labels: int, processes: int = 1) -> torch.Tensor:
+    """A step of gradient descent; returns this process' share of the loss."""
+    loss = model(**batch, num_items_in_batch=labels).loss
+    (loss * processes).backward()  # gradients are averaged over the processes
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    return loss.detach()
+
+
+def sharded_step(checkpoint: Path, batch: Path, target: Path) -> None:
+    """A step of two processes with parts of the network and of the batch; the first one writes the whole weights."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    model = SpaceExploreForRegression.from_pretrained(checkpoint)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    batch = load_file(batch)
+    labels = int((batch["labels"] != -100).sum())
+    loss = step(model, {name: value[dist.get_rank() :: 2] for name, value in batch.items()}, labels, processes=2)
+    dist.all_reduce(loss)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        save_file(weights, target, metadata={"loss": str(loss.item()), "format": "pt"})
+    dist.barrier()
+    dist.destroy_process_group()
