@@ -45,7 +45,7 @@ class PathCollator:
         self.path_length = path_length
 
     def __call__(self, examples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (B, T + 1 + L), `past_values` (B, T, F), `past_values_mask` (B, T)."""
+        """`input_ids, attention_mask, labels` (B, T + 1 + L), `past_values` (B, T, F), `past_values_mask` (B, T)."""
         names = ("past_values", "attention_mask", "scale")
         context = collate_windows(
             [{name: example[name] for name in names} for example in examples], self.context_length

@@ -24,7 +24,9 @@ from spaceexploreai.train.trainer import SpaceExploreTrainer
 
 REPORT, CURVES = "report.md", "training.png"
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
-MAX_ORIGINS = 20_000  # forecasts that are laid out beside the baselines; evenly spaced dates of more
+# Forecasts that are laid out beside the baselines. Of more, evenly spaced tickers, and all dates: on one of them all
+# tickers share a market.
+MAX_ORIGINS = 50_000
 REPORT_TEMPLATE = """\
 # {title}
 
@@ -140,13 +142,13 @@ def beside_baselines(task: Task, prediction, data: StockData) -> str | None:
 
 
 def forecast_table(task: Regression, prediction, data: StockData) -> pd.DataFrame:
-    """The forecasts of the validation windows from at most `MAX_ORIGINS` days and tickers, with their outcomes."""
+    """The forecasts of the validation windows, of as many tickers as `MAX_ORIGINS` allows, with their outcomes."""
     labels = prediction.label_ids[:, -task.steps :]
     known = (labels != -100).any(axis=-1)
-    dates = np.unique(task.dates[known])
-    kept = dates[:: -(-known.sum() // MAX_ORIGINS)]
-    rows, steps = np.nonzero(known & np.isin(task.dates, kept))
-    tickers = np.array(data.validation.series.tickers)[data.validation.rows[rows, 0]]
+    which = data.validation.rows[:, 0]
+    kept = np.unique(which)[:: -(-known.sum() // MAX_ORIGINS)]
+    rows, steps = np.nonzero(known & np.isin(which, kept)[:, None])
+    tickers = np.array(data.validation.series.tickers)[which[rows]]
     origins = pd.DataFrame({"ticker": tickers, "cutoff": task.dates[rows, steps]})
     mean, quantiles = (output[rows, steps] for output in prediction.predictions)
     table = data.extractor.forecast_table(origins, mean, quantiles, task.config)
@@ -155,7 +157,7 @@ def forecast_table(task: Regression, prediction, data: StockData) -> pd.DataFram
 
 
 def closes(series: SeriesStore, tickers) -> pd.DataFrame:
-    """`ticker, date, close` of the days with a bar."""
+    """`ticker, date, close` of the days with a bar, from the first whose volatility is known."""
     histories = [one for one in series if one.ticker in set(tickers)]
     return pd.concat(
         [pd.DataFrame({"ticker": one.ticker, "date": one.dates, "close": one.close})[one.traded] for one in histories],
