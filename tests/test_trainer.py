@@ -9,6 +9,7 @@ import torch
 from conftest import RECIPE, make_market, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spaceexploreai.data.prices import write_table
 from spaceexploreai.train.arguments import parse_run
@@ -153,6 +154,21 @@ def test_bfloat16_and_recomputed_activations_train_alike(tmp_path, market):
         assert recomputed[step][0] == pytest.approx(loss, rel=1e-5)
         assert half[step][0] == pytest.approx(loss, rel=2e-2)
     assert half != plain
+
+
+def test_the_compiled_network_trains_alike(tmp_path, market):
+    """As torch traces it; what a compiler makes of that is the compiler's."""
+    options = ("--max_steps", "3", "--torch_compile", "true", "--torch_compile_backend", "eager")
+    plain, traced = (losses(train(every_step(tmp_path, market, *some))) for some in (options[:2], options))
+    for step, pair in plain.items():
+        assert traced[step] == pytest.approx(pair, rel=1e-5)
+
+
+def test_curves_go_to_tensorboard(tmp_path, market):
+    train(every_step(tmp_path, market, "--report_to", "tensorboard", "--max_steps", "2"))
+    events = EventAccumulator(str(next(tmp_path.glob("runs/*"))))
+    events.Reload()
+    assert {"train/loss", "train/grad_norm", "train/expert_load_max"} <= set(events.Tags()["scalars"])
 
 
 # --- mistakes ---
