@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -27,7 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import Trainer, TrainingArguments
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression, SpaceExploreModel, SpaceExploreMoE
+from spaceexploreai.modeling_spaceexplore import (
+    SpaceExploreForRegression,
+    SpaceExploreModel,
+    SpaceExploreModelOutput,
+    SpaceExploreMoE,
+)
 from spaceexploreai.train.arguments import bare_parser, command
 from spaceexploreai.train.memory import keep_freed_memory
 
@@ -140,39 +146,53 @@ class Round(NamedTuple):
     step: float  # seconds
     products: float  # seconds of another step's matrix products
     speed: float  # of the square product before and after
+    parts: dict[str, float]  # seconds of each part of the step by itself
 
 
 def measure(training: Training, rounds: int) -> list[Round]:
-    square, measured = Square(SQUARE), []
+    square, parts, measured = Square(SQUARE), parts_of(training), []
     for _ in range(rounds + 1):
         before = square.speed()
         step = seconds(training.step)
         after = square.speed()
         with ProductClock() as products:
             training.step()
-        measured.append(Round(step, products.seconds, (before + after) / 2))
+        alone = {name: sum(map(seconds, runs)) for name, runs in parts.items()}
+        measured.append(Round(step, products.seconds, (before + after) / 2, alone))
     return measured[1:]  # the first warms up
 
 
-def utilisation(rounds: list[Round], flops: int) -> float:
-    return median(flops / one.speed / one.step for one in rounds)
+def parts_of(training: Training) -> dict[str, list[Callable[[], None]]]:
+    """What a step consists of, in an order in which each can be run by itself."""
+    base, parts = training.model.model, {}
+    modules = {base.value_embedding: "front end", base.mscnn: "front end"}
+    for layer in base.layers:
+        mlp = "router and experts" if isinstance(layer.mlp, SpaceExploreMoE) else "dense layers"
+        modules |= {layer.self_attn: "attention", layer.mlp: mlp}
+
+    def keep(module, args, kwargs):
+        parts.setdefault(modules[module], []).append(partial(both_ways, module, args, kwargs))
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
+    inputs = {name: training.batch[name] for name in ("past_values", "attention_mask")}
+    outputs = base(**inputs, output_router_logits=True)
+    for hook in hooks:
+        hook.remove()
+    heads = partial(heads_both_ways, training, outputs)
+    return parts | {"heads and loss": [heads], "clipping": [training.clip], "optimiser": [training.update]}
 
 
-def format_steps(training: Training, rounds: list[Round], flops: int) -> str:
-    step, products, speed = (median(values) for values in zip(*rounds, strict=True))
-    targets = training.batch["labels"].numel()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-    return (
-        f"| {training.batch['scale'].numel():,} | {flops / 1e9:.1f} | {speed / 1e9:.1f} | {flops / speed:.3f} "
-        f"| {products:.3f} | {step:.3f} | {utilisation(rounds, flops):.3f} | {targets / step:,.0f} "
-        f"| {memory / 2**20:,.0f} |"
-    )
+def both_ways(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward and backward of one part of the network, on what it was given."""
+    args, kwargs = detached((args, kwargs))
+    output = module(*args, **kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    output.backward(torch.ones_like(output))
 
 
-STEPS_HEAD = (
-    "| tokens | products, GFLOP | square, GFLOP/s | products at that speed, s | products as they run, s | step, s "
-    "| utilisation | targets/s | peak MB |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-)
+def heads_both_ways(training: Training, outputs: SpaceExploreModelOutput) -> None:
+    with patch.object(SpaceExploreModel, "forward", return_value=detached(outputs)):
+        training.backward()
 
 
 def detached(values):
@@ -180,62 +200,28 @@ def detached(values):
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), values)
 
 
-def both_ways(module: nn.Module, args: tuple, kwargs: dict) -> Callable[[], None]:
-    """Forward and backward of one part of the network, on what it was given."""
-    args, kwargs = detached((args, kwargs))
-
-    def run():
-        output = module(*args, **kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        output.backward(torch.ones_like(output))
-
-    return run
+def utilisation(rounds: list[Round], flops: int) -> float:
+    return median(flops / one.speed / one.step for one in rounds)
 
 
-def parts(training: Training) -> dict[str, list[Callable[[], None]]]:
-    """What a step consists of, each to be run by itself."""
-    base, found = training.model.model, {}
-    modules = {base.value_embedding: "front end", base.mscnn: "front end"}
-    for layer in base.layers:
-        mlp = "router and experts" if isinstance(layer.mlp, SpaceExploreMoE) else "dense layers"
-        modules |= {layer.self_attn: "attention", layer.mlp: mlp}
-
-    def keep(module, args, kwargs):
-        found.setdefault(modules[module], []).append(both_ways(module, args, kwargs))
-
-    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    outputs = detached(
-        base(**{name: training.batch[name] for name in ("past_values", "attention_mask")}, output_router_logits=True)
+def format_steps(training: Training, rounds: list[Round], flops: int) -> str:
+    step, products, speed = (median(values) for values in list(zip(*rounds, strict=True))[:3])
+    targets = training.batch["labels"].numel()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return (
+        "| tokens | products, GFLOP | square, GFLOP/s | products at that speed, s | products as they run, s | step, s "
+        "| utilisation | targets/s | peak MB |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        f"| {training.batch['scale'].numel():,} | {flops / 1e9:.1f} | {speed / 1e9:.1f} | {flops / speed:.3f} "
+        f"| {products:.3f} | {step:.3f} | {utilisation(rounds, flops):.3f} | {targets / step:,.0f} "
+        f"| {memory / 2**20:,.0f} |"
     )
-    for hook in hooks:
-        hook.remove()
-
-    def heads():
-        with patch.object(SpaceExploreModel, "forward", return_value=outputs):
-            training.backward()
-
-    return found | {"heads and loss": [heads]}
 
 
-def measure_parts(training: Training, rounds: int) -> dict[str, float]:
-    """Seconds of each part, the median of the rounds."""
-    measured, network = {}, parts(training)
-    for _ in range(rounds):
-        for name, runs in network.items():
-            training.optimizer.zero_grad()
-            measured.setdefault(name, []).append(sum(map(seconds, runs)))
-        training.optimizer.zero_grad()
-        training.backward()
-        measured.setdefault("clipping", []).append(seconds(training.clip))
-        measured.setdefault("optimiser", []).append(seconds(training.update))
-    return {name: median(values) for name, values in measured.items()}
-
-
-def format_parts(measured: dict[str, float], step: float) -> str:
-    lines = ["| part, forward and backward | s | of the step |", "|---|---:|---:|"]
-    rest = {"the rest: norms, residuals, mask": step - sum(measured.values())}
-    lines += [f"| {name} | {part:.3f} | {part / step:.1%} |" for name, part in (measured | rest).items()]
-    return "\n".join(lines)
+def format_parts(rounds: list[Round]) -> str:
+    shares = {name: median(one.parts[name] / one.step for one in rounds) for name in rounds[0].parts}
+    shares["the rest: norms, residuals, mask"] = 1 - sum(shares.values())
+    lines = ["| part, forward and backward | of the step |", "|---|---:|"]
+    return "\n".join(lines + [f"| {name} | {share:.1%} |" for name, share in shares.items()])
 
 
 @command
@@ -253,8 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     training = Training(config, args.tokens, args.context)
     flops = training.count_flops()
     rounds = measure(training, args.rounds)
-    print(f"{STEPS_HEAD}\n{format_steps(training, rounds, flops)}\n")
-    print(format_parts(measure_parts(training, args.rounds), median(one.step for one in rounds)))
+    print(f"{format_steps(training, rounds, flops)}\n\n{format_parts(rounds)}")
     if args.tokens >= LEAST_TOKENS and utilisation(rounds, flops) < LEAST_UTILISATION:
         raise SystemExit(f"the utilisation is below {LEAST_UTILISATION}")  # on standard error, with exit code 1
 

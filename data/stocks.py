@@ -596,6 +596,7 @@ class PathWindows(TorchDataset):
         if 1 not in horizons:
             raise ValueError(f"a path of daily returns needs the horizon 1, got {list(horizons)}")
         self.windows = windows
+        self.series = windows.series
         self.one_day = list(horizons).index(1)
         self.context_length = context_length
         self.path_length = path_length
@@ -611,7 +612,7 @@ class PathWindows(TorchDataset):
     def _cut(self, which: int, _: int, last: int, supervised: int) -> dict[str, np.ndarray]:
         origin = last + 1 - min(self.path_length, last + 1 - supervised)
         first = max(origin + 1 - self.context_length, 0)
-        history, labels = self.windows.series.labelled_steps(which, first, last + 1)
+        history, labels = self.series.labelled_steps(which, first, last + 1)
         returns, steps = labels[:, self.one_day], origin + 1 - first
         path = returns[steps - 1 :]
         known = np.cumprod(path != IGNORE_INDEX).sum()

@@ -25,7 +25,10 @@ from spaceexploreai.train.arguments import command, make_parser
 def load_checkpoint(folder: str) -> tuple[SpaceExploreForRegression, SpaceExploreFeatureExtractor]:
     """Loads a checkpoint folder or Hub repository, ready to forecast."""
     extractor = SpaceExploreFeatureExtractor.from_pretrained(folder)
-    return SpaceExploreForRegression.from_pretrained(folder).eval(), extractor
+    model, info = SpaceExploreForRegression.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{folder} is no checkpoint of a regression: it has no {min(info['missing_keys'])}")
+    return model.eval(), extractor
 
 
 @torch.inference_mode()

@@ -329,7 +329,7 @@ def test_a_token_of_the_27m_recipe_takes_six_operations_a_weight_that_it_meets()
 
 
 def test_utilisation_is_the_median_of_the_rounds_ratios():
-    rounds = [train_step.Round(step, 0.1, speed) for step, speed in ((2.0, 50.0), (1.0, 50.0), (4.0, 10.0))]
+    rounds = [train_step.Round(step, 0.1, speed, {}) for step, speed in ((2.0, 50.0), (1.0, 50.0), (4.0, 10.0))]
     assert train_step.utilisation(rounds, flops=80) == pytest.approx(1.6)  # of 0.8, 1.6 and 2.0
 
 
@@ -338,12 +338,12 @@ def test_the_parts_leave_nothing_out_but_norms():
     training.backward()
     whole = {name: weight.grad for name, weight in training.model.named_parameters() if weight.grad is not None}
     training.optimizer.zero_grad()
-    for run in chain(*train_step.parts(training).values()):
+    parts = list(train_step.parts_of(training).values())
+    for run in chain(*parts[:-2]):  # but clipping and the optimiser, which change the gradients
         run()
     alone = {name: weight.grad for name, weight in training.model.named_parameters() if weight.grad is not None}
     left_out = {name for name in whole if name not in alone}
     assert left_out == {name for name in whole if re.search(r"model\.(layers\.\d+\.\w+_layernorm|norm)\.", name)}
-    # What comes last is given what it is given in the whole, and its gradient too.
     torch.testing.assert_close(alone["quantile_head.weight"], whole["quantile_head.weight"])
 
 
@@ -361,12 +361,11 @@ def test_the_clock_of_products_counts_those_alone():
 @pytest.mark.parametrize(("tokens", "step", "fails"), [(64, 9.0, False), (2048, 9.0, True), (2048, 1e-9, False)])
 def test_the_step_command_fails_below_three_quarters(tokens, step, fails, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_step, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(train_step, "measure", lambda *_: [train_step.Round(step, step, 1e9)])
-    monkeypatch.setattr(train_step, "measure_parts", lambda *_: {"front end": step / 4})
+    monkeypatch.setattr(train_step, "measure", lambda *_: [train_step.Round(step, step, 1e9, {"front end": step / 4})])
     arguments = ["--model-config", write_recipe(tmp_path), "--tokens", str(tokens)]
     if fails:
         with pytest.raises(SystemExit, match=r"below 0\.75"):
             train_step.main(arguments)
     else:
         train_step.main(arguments)
-    assert "| front end | " in capsys.readouterr().out
+    assert "| front end | 25.0% |" in capsys.readouterr().out

@@ -25,7 +25,13 @@ def make_windows(lengths: list[int], labels: bool = True) -> list[dict[str, np.n
 
 
 def test_padding_is_what_the_network_expects():
-    assert PADDING == {"past_values": 0.0, "attention_mask": 0, "scale": 1.0, "labels": IGNORE_INDEX}
+    assert {
+        "past_values": 0.0,
+        "attention_mask": 0,
+        "scale": 1.0,
+        "labels": IGNORE_INDEX,
+        "returns": np.nan,
+    } == PADDING
     assert IGNORE_INDEX == -100
 
 

@@ -1,16 +1,41 @@
 """Several processes train as one does, and a killed run goes on as if it had not been."""
 
+import copy
 import hashlib
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+import workers
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
 from conftest import RECIPE, make_market, tiny_run
-from workers import Group, killed, train
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import StateDictType
+from workers import Group
 
-from spaceexploreai.data.prices import write_table
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.data.collators import collate_windows
+from spaceexploreai.data.prices import read_prices, write_table
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
+from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
+from spaceexploreai.train import sft
+from spaceexploreai.train.arguments import parse_run
 
+ROOT = RECIPE.parents[1]
+ACCELERATE = ROOT / "recipes" / "accelerate"
 EVERY_STEP = ("--logging_strategy", "steps", "--logging_steps", "1", "--use_cpu", "true")
 
 
@@ -18,6 +43,129 @@ def history(checkpoint: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step, as logged until a checkpoint."""
     logged = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in logged if "loss" in entry}
+
+
+def launch_environment(recipe: Path, *options: str) -> dict[str, str]:
+    """What `accelerate launch` tells the processes."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(recipe), *options, "script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    ours = ("FSDP", "ACCELERATE")
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if name.startswith(ours)}
+
+
+# --- launching ---
+
+
+def launch(recipe: Path, run: list[str], *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipe), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, "train/sft.py", *run], cwd=ROOT, env=environment, **pipes)
+
+
+def check_launched(folder: Path, printed: str, market: Path) -> None:
+    """Two processes trained together, one of them said so, and what it left forecasts."""
+    assert "4 steps of 64 windows" in (folder / "report.md").read_text()
+    assert " s on 2 cpu, " in (folder / "report.md").read_text()
+    assert printed.count("'train_runtime'") == printed.count("rows read") == 1
+    forecast = forecast_newest(*load_checkpoint(folder), read_prices(market))
+    assert set(forecast["ticker"]) == {"T0", "T1", "T2"}
+    assert forecast["mean"].notna().all()
+
+
+def test_two_processes_on_the_cpu(tmp_path, market):
+    launched = launch(ACCELERATE / "ddp_cpu.yaml", tiny_run(tmp_path, "--prices", str(market), "--use_cpu", "true"))
+    printed, _ = launched.communicate(timeout=workers.TIME_LIMIT)
+    assert launched.returncode == 0, printed
+    check_launched(tmp_path, printed, market)
+
+
+def test_two_machines(tmp_path, market):
+    """Both of them this one, without the recipe's GPUs."""
+    recipe = yaml.safe_load((ACCELERATE / "multi_node.yaml").read_text())
+    here = {"num_processes": 2, "mixed_precision": "no", "use_cpu": True, "main_process_port": get_free_port()}
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(recipe | here))
+    run = tiny_run(tmp_path / "model", "--prices", str(market), "--use_cpu", "true")
+    launched = [launch(tmp_path / "here.yaml", run, "--machine_rank", rank) for rank in ("0", "1")]
+    printed = [machine.communicate(timeout=workers.TIME_LIMIT)[0] for machine in launched]
+    assert [machine.returncode for machine in launched] == [0, 0], printed
+    check_launched(tmp_path / "model", printed[0], market)
+
+
+@pytest.mark.parametrize("recipe", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_starts_what_it_says(recipe):
+    """accelerate ignores, silently, what it does not start several processes for."""
+    asked = load_config_from_file(str(recipe))  # refuses unknown keys
+    arguments, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(recipe), "script.py"])
+    )
+    assert (arguments.multi_gpu or arguments.use_fsdp) == (asked.num_processes > 1) == (recipe.stem != "cpu")
+    assert (arguments.num_processes, arguments.num_machines) == (asked.num_processes, asked.num_machines)
+    assert asked.num_processes % asked.num_machines == 0
+    assert (arguments.num_machines > 1) == (recipe.stem == "multi_node")
+    assert arguments.use_fsdp == (recipe.stem == "fsdp")
+
+
+def test_the_recipe_of_fsdp_fits_every_network(monkeypatch):
+    for name, value in launch_environment(ACCELERATE / "fsdp.yaml").items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    assert not plugin.cpu_ram_efficient_loading
+    for recipe in ("tiny", "27m"):
+        fields = {"num_features": 64, **json.loads((ROOT / "recipes" / recipe / "config.json").read_text())}
+        with torch.device("meta"):
+            plugin.set_auto_wrap_policy(SpaceExploreForRegression(SpaceExploreConfig(**fields)))
+
+
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path, market):
+    """As started on a CPU without --use_cpu, where each would train alone."""
+    run = tiny_run(tmp_path / "model", "--prices", str(market))
+    group = Group(2, tmp_path, workers.train, run)
+    assert group.wait() == [2, 2]
+    for log in group.logs:
+        assert log.read_text().splitlines()[-1].startswith("error: of 2 processes each would train alone")
+    assert not (tmp_path / "model").exists()
+
+
+# --- data ---
+
+
+def test_one_process_prepares_the_data_and_writes(tmp_path):
+    write_table(make_market(seed=1), tmp_path / "market.parquet")
+    run = tiny_run(tmp_path, "--prices", str(tmp_path / "market.parquet"), "--use_cpu", "true")
+    steps = ("--save_strategy", "steps", "--save_steps", "2")
+    group = Group(2, tmp_path, workers.train_apart, [*run, *steps], tmp_path)
+    group.succeed()
+    assert ["Generating train split" in log.read_text() for log in group.logs] == [True, False]
+    assert (tmp_path / "0" / "model.safetensors").exists()
+    written = {path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file()}
+    assert written == {Path("checkpoint-4", "rng_state_1.pth"), Path("checkpoint-2", "rng_state_1.pth")}
+
+
+def test_a_mistake_ends_all_processes(tmp_path, market):
+    run = tiny_run(tmp_path / "model", "--prices", str(market), "--tickers", "T0,NONE", "--use_cpu", "true")
+    group = Group(2, tmp_path, workers.train, run)
+    assert group.wait() == [2, 2]
+    for log in group.logs:
+        (complaint,) = [line for line in log.read_text().splitlines() if line]
+        assert complaint.startswith("error: ")
+        assert "NONE" in complaint
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_mistake_of_one_process_ends_the_other(tmp_path, market):
+    """It is in no step with the other any more, which waits for its gradients."""
+    run = tiny_run(tmp_path / "model", "--prices", str(market), "--use_cpu", "true")
+    group = Group(2, tmp_path, workers.train_disturbed, run, 2, workers.poison)
+    first, last = group.wait()
+    assert last == 2
+    assert first != 0
+    complaint = group.logs[1].read_text().splitlines()[-1]
+    assert complaint.startswith("error: the loss is nan at step 3, of the windows T")
+    assert complaint.count(" to ") == 1
+    assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
 # --- a step is the same step ---
@@ -48,13 +196,15 @@ def exact(tmp_path_factory) -> Path:
     "task", [("regression",), ("regression", "--balance", "ticker"), ("causal_lm", "--balance", "year")], ids=" ".join
 )
 def test_accumulated_batches_and_those_of_two_processes_are_the_large_batch(tmp_path, uneven, exact, task):
+    """Also in the second epoch, and where they have labels unlike in number."""
     steps = ("--max_steps", "6", "--save_strategy", "steps", "--save_steps", "6", "--dataloader_drop_last", "true")
     options = ("--prices", str(uneven), "--model_config", str(exact), *EVERY_STEP, *steps, "--task", *task)
-    ways = {"large": (1, "16"), "accumulated": (1, "8", "--gradient_accumulation_steps", "2"), "two": (2, "8")}
-    groups = [
-        Group(size, tmp_path / name, train, [*tiny_run(tmp_path / name, *options), "--per_device_train_batch_size", *batch])
-        for name, (size, *batch) in ways.items()
-    ]
+    # An epoch of 56 to 62 windows is four whole steps in every way.
+    ways = {"large": (1, "14"), "accumulated": (1, "7", "--gradient_accumulation_steps", "2"), "two": (2, "7")}
+    groups = []
+    for name, (size, *batch) in ways.items():
+        run = [*tiny_run(tmp_path / name, *options), "--per_device_train_batch_size", *batch]
+        groups.append(Group(size, tmp_path / name, workers.train, run))
     for group in groups:
         group.succeed()
     large, *others = (history(tmp_path / name / "checkpoint-6") for name in ways)
@@ -65,7 +215,39 @@ def test_accumulated_batches_and_those_of_two_processes_are_the_large_batch(tmp_
             assert other[step] == pytest.approx(pair, rel=2e-4)
 
 
+def test_a_step_with_parts_of_the_network_is_the_step_with_the_whole(tmp_path, market, checkpoint):
+    """FSDP2 by itself: the weights after it make a checkpoint that forecasts the same."""
+    _, _, data = sft.prepare(parse_run(tiny_run(tmp_path, "--prices", str(market))))
+    batch = {name: value for name, value in collate_windows([data.train[row] for row in range(6)]).items()}
+    save_file(batch, tmp_path / "batch.safetensors")
+    folder = tmp_path / "stepped"
+    shutil.copytree(checkpoint, folder)
+    weights = folder / "model.safetensors"
+    Group(2, tmp_path, workers.sharded_step, checkpoint, tmp_path / "batch.safetensors", weights).succeed()
+
+    model = SpaceExploreForRegression.from_pretrained(checkpoint)
+    before = copy.deepcopy(model.state_dict())
+    loss = workers.step(model, batch, int((batch["labels"] != -100).sum()))
+    with safe_open(weights, "pt") as file:
+        assert float(file.metadata()["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    found = load_file(weights)
+    assert found.keys() == model.state_dict().keys()
+    for name, after in model.state_dict().items():
+        torch.testing.assert_close(found[name] - before[name], after - before[name], rtol=1e-3, atol=1e-5)
+    assert any((after != before[name]).any() for name, after in model.state_dict().items())
+    prices = read_prices(market)
+    stepped, extractor = load_checkpoint(folder)
+    pd.testing.assert_frame_equal(
+        forecast_newest(stepped, extractor, prices), forecast_newest(model.eval(), extractor, prices), rtol=1e-4
+    )
+
+
 # --- resuming ---
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
 
 INTERRUPTED = {
     "one process": (1, ()),
@@ -78,22 +260,37 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("case", INTERRUPTED)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, market, case):
-    """To the bit, in the middle of the second epoch, with dropout."""
+    """To the bit, in the second epoch, with dropout."""
     size, options = INTERRUPTED[case]
+    check_resumed(tmp_path, market, size, options, random.Random(case))
+
+
+def test_a_killed_run_with_parts_of_the_network_goes_on_too(tmp_path, market):
+    """FSDP2 as accelerate has it. Its checkpoint is the repository that others write, code included."""
+    environment = launch_environment(ACCELERATE / "fsdp.yaml", "--mixed_precision", "no")
+    check_resumed(tmp_path, market, 2, (), random.Random(0), workers.train_sharded, environment)
+    names = {path.name for path in (tmp_path / "broken").glob("*.py")}
+    assert names == {path.name for path in ROOT.glob("*_spaceexplore.py")} - {
+        "pipeline_spaceexplore.py",
+        "tokenization_spaceexplore.py",
+    }
+
+
+def check_resumed(folder: Path, market: Path, size: int, options: tuple, generator: random.Random, *how) -> None:
+    """Trains 12 steps, kills another such run after the checkpoint of step 9, and resumes that."""
+    target, *arguments = how or (workers.train,)
     batch = ("--per_device_train_batch_size", str(8 // size), *EVERY_STEP, *options)
-    steps = ("--max_steps", "14", "--save_strategy", "steps", "--save_steps", "5")
-    whole, broken = (
-        tiny_run(tmp_path / name, "--prices", str(market), *batch, *steps) for name in ("whole", "broken")
-    )
-    uninterrupted = Group(size, tmp_path / "whole", train, whole)
-    micro_batches = 2 if "accumulated" in case else 1
-    moment = random.Random(case).randrange(10 * micro_batches, 14 * micro_batches)
-    assert -9 in Group(size, tmp_path / "broken", killed, broken, moment).wait()
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
-    Group(size, tmp_path / "broken", train, [*broken, "--resume_from_checkpoint", "true"]).succeed()
+    steps = ("--max_steps", "12", "--save_strategy", "steps", "--save_steps", "3")
+    whole, broken = (tiny_run(folder / name, "--prices", str(market), *batch, *steps) for name in ("whole", "broken"))
+    uninterrupted = Group(size, folder / "whole", target, whole, *arguments)
+    micro_batches = 2 if "--gradient_accumulation_steps" in options else 1
+    moment = generator.randrange(9 * micro_batches, 12 * micro_batches)
+    killed = Group(size, folder / "broken", workers.train_disturbed, broken, moment, workers.kill, target, *arguments)
+    assert -9 in killed.wait(), killed.printed()
+    assert not (folder / "broken" / "checkpoint-12").exists()
+    Group(size, folder / "broken", target, [*broken, "--resume_from_checkpoint", "true"], *arguments).succeed()
     uninterrupted.succeed()
-    expected, found = (history(tmp_path / name / "checkpoint-14") for name in ("whole", "broken"))
+    expected, found = (history(folder / name / "checkpoint-12") for name in ("whole", "broken"))
+    assert list(expected) == list(range(1, 13))
     assert found == expected
-    assert list(found) == list(range(1, 15))
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
-    assert hashlib.sha256(weights[0]).hexdigest() == hashlib.sha256(weights[1]).hexdigest()
+    assert sha256(folder / "broken" / "model.safetensors") == sha256(folder / "whole" / "model.safetensors")

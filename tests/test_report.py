@@ -12,7 +12,6 @@ from spaceexploreai.data.prices import read_prices
 from spaceexploreai.data.windows import DateRange
 from spaceexploreai.evaluation.metrics import score
 from spaceexploreai.scripts.evaluate import forecast_range
-from spaceexploreai.scripts.forecast import load_checkpoint
 from spaceexploreai.train import report
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.sft import fit, main, prepare

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import DateRange
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
 from spaceexploreai.scripts import build_dataset, draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
@@ -379,6 +380,15 @@ def test_mistakes_in_a_network_are_refused(refused, market, tmp_path, case):
 
 def test_quickstart_refuses_an_unknown_ticker(refused):
     assert "'ZZZ'" in refused(quickstart.main, ["--tickers", "ZZZ"])
+
+
+def test_a_checkpoint_of_another_head_makes_no_forecast(refused, checkpoint, market, tmp_path):
+    """With a regression head at random it would."""
+    model, extractor = load_checkpoint(checkpoint)
+    SpaceExploreForClassification(model.config).save_pretrained(tmp_path / "other")
+    extractor.save_pretrained(tmp_path / "other")
+    complaint = refused(forecast.main, ["--model", str(tmp_path / "other"), "--prices", str(market)])
+    assert "is no checkpoint of a regression: it has no mean_head.bias" in complaint
 
 
 def test_a_truncated_checkpoint_is_refused(refused, checkpoint, market, tmp_path):

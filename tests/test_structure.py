@@ -480,9 +480,9 @@ def test_the_modeling_file_can_be_read_in_one_sitting():
 
 # --- recipes and configuration ---
 
-RECIPE_CONFIGS = [name for name in FILES if re.fullmatch(r"recipes/[^/]+/config\.json", name)]
+RECIPE_CONFIGS = [name for name in FILES if re.fullmatch(r"recipes/[^/]+/(config|t2t)\.json", name)]
 RECIPE_RUNS = [name for name in FILES if re.fullmatch(r"recipes/[^/]+/[^/]+\.yaml", name)]
-SFT_RUNS = [name for name in RECIPE_RUNS if name.endswith("/sft.yaml")]
+SFT_RUNS = [name for name in RECIPE_RUNS if re.fullmatch(r"sft\w*\.yaml", Path(name).name)]
 
 
 def test_there_are_recipes():

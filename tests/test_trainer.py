@@ -54,14 +54,17 @@ def test_every_epoch_has_another_order_and_other_windows():
     np.testing.assert_allclose(counts, 20 * np.linspace(0.1, 2, 100) / 1.05, atol=8)
 
 
-@pytest.mark.parametrize("balance", ["ticker", "year"])
-def test_tickers_or_years_weigh_the_same(tmp_path, balance):
+@pytest.mark.parametrize(
+    ("balance", "task"), [("ticker", "regression"), ("year", "regression"), ("ticker", "causal_lm")]
+)
+def test_tickers_or_years_weigh_the_same(tmp_path, balance, task):
     prices = make_market(tickers=3, days=700)
     late = (prices["ticker"] == "T2") & (prices["date"] < prices["date"].unique()[400])
     write_table(prices[~late], tmp_path / "market.parquet")
-    trainer, _, data = prepare(every_step(tmp_path, tmp_path / "market.parquet", "--balance", balance))
-    weights = balanced_weights(data.train, [balance])
-    rows = data.train.rows
+    trainer, _, data = prepare(every_step(tmp_path, tmp_path / "market.parquet", "--balance", balance, "--task", task))
+    windows = trainer.train_dataset.windows
+    weights = balanced_weights(windows, [balance])
+    rows = windows.rows
     years = [str(data.train.series[which].dates[last])[:4] for which, _, last, _ in rows.tolist()]
     groups = np.array(years if balance == "year" else rows[:, 0])
     sums = [weights[groups == one].sum() for one in np.unique(groups)]

@@ -16,7 +16,11 @@ from spaceexploreai.data.prices import write_atomically
 from spaceexploreai.data.stocks import SeriesStore, StockData
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import format_scores, score
-from spaceexploreai.modeling_spaceexplore import SpaceExploreExperts, SpaceExplorePreTrainedModel
+from spaceexploreai.modeling_spaceexplore import (
+    SpaceExploreExperts,
+    SpaceExploreForTimeToText,
+    SpaceExplorePreTrainedModel,
+)
 from spaceexploreai.train.arguments import Run
 from spaceexploreai.train.lora import merged
 from spaceexploreai.train.tasks import Regression, Task
@@ -99,12 +103,9 @@ def write_report(trainer: SpaceExploreTrainer, task: Task, data: StockData, run:
 
 def card_head(model) -> dict:
     """What the Hub reads at the top of a model card."""
-    return {
-        "library_name": "transformers",
-        "license": "mit",
-        "pipeline_tag": "time-series-forecasting",
-        "tags": ["finance", "stocks", model.config.model_type],
-    }
+    task = {} if isinstance(model, SpaceExploreForTimeToText) else {"pipeline_tag": "time-series-forecasting"}
+    tags = ["finance", "stocks", model.config.model_type]
+    return {"library_name": "transformers", "license": "mit", **task, "tags": tags}
 
 
 def count(module: torch.nn.Module | None) -> int:
@@ -223,6 +224,6 @@ def plot_curves(history: list[dict]) -> Figure:
                 axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, label=name)
         axes.set_title(title)
         axes.set_xlabel("step")
-        if len(names) > 1:
+        if len(names) > 1 and axes.lines:
             axes.legend()
     return figure

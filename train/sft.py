@@ -172,6 +172,8 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
         weights=balanced_weights(task.train, run.objective.balance) if run.objective.balance else None,
     )
+    if trainer.is_fsdp_enabled and run.model.peft is not None:
+        raise ValueError(f"peft {run.model.peft}: an adapter is not trained in parts (FSDP)")
     return trainer, task, data
 
 

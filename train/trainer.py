@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.data_loader import get_sampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
@@ -38,7 +37,7 @@ class SpaceExploreTrainer(Trainer):
         loader = super().get_train_dataloader()
         if self.weights is not None:
             # accelerate does this with samplers of its own; else several processes resume an epoch in another's order.
-            loader.set_sampler(get_sampler(loader))
+            loader.set_sampler(self._get_train_sampler())
         return loader
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
@@ -72,7 +71,9 @@ class SpaceExploreTrainer(Trainer):
         broken, network = [], self.accelerator.unwrap_model(model)  # wrapped, it would wait for the other processes
         if not self.is_fsdp_enabled:  # and so it would in parts
             with torch.no_grad():
-                alone = [network(**{name: value[[one]] for name, value in inputs.items()}).loss for one in range(len(rows))]
+                alone = [
+                    network(**{name: value[[one]] for name, value in inputs.items()}).loss for one in range(len(rows))
+                ]
             broken = [row for row, one in zip(rows.tolist(), alone, strict=True) if not torch.isfinite(one)]
         windows = ", ".join(self.train_dataset.name(row) for row in (broken or rows.tolist())[:5])
         return f"the loss is {loss.item()} at step {self.state.global_step + 1}, of the windows {windows}"
@@ -160,8 +161,7 @@ class Numbered(Dataset):
 
     def name(self, index: int) -> str:
         which, first, last, _ = self.windows.rows[index].tolist()
-        stored = self.windows if isinstance(self.windows, StoredWindows) else self.windows.windows
-        history = stored.series.steps(which, first, last + 1)
+        history = self.windows.series.steps(which, first, last + 1)
         first, last = (np.datetime_as_string(day, unit="D") for day in history.dates[[0, -1]])
         return f"{history.ticker} {first} to {last}"
 
