@@ -171,11 +171,11 @@ def parts_of(training: Training) -> dict[str, list[Callable[[], None]]]:
         modules |= {layer.self_attn: "attention", layer.mlp: mlp}
 
     def keep(module, args, kwargs):
-        parts.setdefault(modules[module], []).append(partial(both_ways, module, args, kwargs))
+        parts.setdefault(modules[module], []).append(partial(both_ways, module, *detached((args, kwargs))))
 
     hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     inputs = {name: training.batch[name] for name in ("past_values", "attention_mask")}
-    outputs = base(**inputs, output_router_logits=True)
+    outputs = detached(base(**inputs, output_router_logits=True))
     for hook in hooks:
         hook.remove()
     heads = partial(heads_both_ways, training, outputs)
@@ -184,14 +184,13 @@ def parts_of(training: Training) -> dict[str, list[Callable[[], None]]]:
 
 def both_ways(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward and backward of one part of the network, on what it was given."""
-    args, kwargs = detached((args, kwargs))
     output = module(*args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output
     output.backward(torch.ones_like(output))
 
 
 def heads_both_ways(training: Training, outputs: SpaceExploreModelOutput) -> None:
-    with patch.object(SpaceExploreModel, "forward", return_value=detached(outputs)):
+    with patch.object(SpaceExploreModel, "forward", return_value=outputs):
         training.backward()
 
 

@@ -321,7 +321,7 @@ def test_error_of_a_lead_is_that_of_resampled_days():
     generator = np.random.default_rng(0)
     tickers = generator.integers(5, 50, size=400)
     reference = generator.gamma(4, size=400)  # calm and wild days
-    better, worse = (reference * (share + 0.05 * generator.normal(size=400)) for share in (0.97, 0.99))
+    better, worse = (reference * (share + 0.05 * generator.normal(size=400)) for share in (0.6, 0.99))
     tables = [days_of(crps, tickers) for crps in (better, worse, reference)]
     value, error = benchmark.lead(*tables)
 
@@ -331,7 +331,7 @@ def test_error_of_a_lead_is_that_of_resampled_days():
     sums = np.stack([better, worse, reference]) * tickers
     draws = [skill(sums[:, generator.integers(0, 400, size=400)]) for _ in range(2000)]
     assert value == pytest.approx(skill(sums))
-    assert value == pytest.approx(0.02, abs=3 * error)
+    assert value == pytest.approx(0.39, abs=3 * error)
     assert error == pytest.approx(np.std(draws), rel=0.2)
     assert benchmark.lead(tables[2], tables[2], tables[2]) == (0, 0)
 
@@ -427,6 +427,17 @@ def test_zero_is_that_of_the_baselines(dataset, market):
     expected = add_baselines(origins[known], market)["zero_q0.95"].to_numpy()
     np.testing.assert_allclose(quantiles[known, 2, -1], expected, rtol=0.05)
     assert np.abs(quantiles[known, 2, -1] / expected - 1).mean() < 0.02
+
+
+def test_ewma_is_the_shape_of_all_training_targets():
+    """A step of volatility 2 % expects at each horizon what the whole pool was, stretched."""
+    pool = np.random.default_rng(0).gamma(2, size=(1001, 2))
+    steps = benchmark.Steps(None, None, np.float32([0.02, 0.03]), None, None)
+    mean, quantiles = benchmark.naive_forecasts(steps, pool, [1, 4], LEVELS)["ewma"]()
+    assert mean[0, 1] == pytest.approx(0.02 * 2 * pool[:, 1].mean())
+    assert mean[1, 0] == pytest.approx(0.03 * pool[:, 0].mean())
+    assert quantiles[0, 1, 2] == pytest.approx(0.02 * 2 * np.median(pool[:, 1]))
+    assert quantiles[1, 0, 0] == pytest.approx(0.03 * np.sort(pool[:, 0])[50])
 
 
 def test_rank_ic_has_its_t():
