@@ -309,6 +309,16 @@ def test_a_killed_run_with_parts_of_the_network_goes_on_too(tmp_path, market, ch
     }
 
 
+def test_an_adapter_is_not_trained_in_parts(tmp_path, market, checkpoint):
+    pytest.importorskip("peft", reason="the extra [lora] is not installed")
+    run = tiny_run(tmp_path / "model", "--prices", str(market), "--use_cpu", "true", "--peft", '{"r": 4}')
+    (tmp_path / "run.yaml").write_text((RECIPE / "lora.yaml").read_text())
+    run = ["--config", str(tmp_path / "run.yaml"), "--model_name_or_path", str(checkpoint), *run[4:]]
+    group = Group(2, tmp_path, workers.train_sharded, run, launch_environment(ACCELERATE / "fsdp.yaml"))
+    assert group.wait() == [2, 2]
+    assert group.logs[0].read_text().splitlines()[-1].endswith("an adapter is not trained in parts (FSDP)")
+
+
 def check_resumed(folder: Path, market: Path, size: int, options: tuple, generator: random.Random, *how) -> None:
     """Trains 12 steps, kills another such run after the checkpoint of step 9, and resumes that."""
     target, *arguments = how or (workers.train,)
