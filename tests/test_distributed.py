@@ -282,6 +282,25 @@ def test_what_a_killed_process_did_not_finish_writing_is_passed_over(tmp_path, m
     assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
 
 
+def test_patience_is_what_was_left_of_it(tmp_path, market):
+    """Evaluations after the second step are worse than the one there; the fourth of them is not waited for."""
+    options = ("--early_stopping_patience", "3", "--learning_rate", "3e-2", "--max_steps", "40")
+    steps = [option for name in ("eval", "save") for option in (f"--{name}_strategy", "steps", f"--{name}_steps", "2")]
+    run = tiny_run(tmp_path, "--prices", str(market), *EVERY_STEP, *options, *steps, "--save_total_limit", "9")
+    run += ["--load_best_model_at_end", "true", "--per_device_train_batch_size", "8"]
+    whole = sft.train(parse_run(run))
+    assert (whole.state.best_global_step, whole.state.global_step) == (2, 8)
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert sft.train(parse_run([*run, "--resume_from_checkpoint", "true"])).state.global_step == 8
+
+
+def test_patience_without_evaluations_is_refused(tmp_path, market, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sft.main(tiny_run(tmp_path, "--prices", str(market), "--early_stopping_patience", "3"))
+    assert "early_stopping_patience 3 needs an eval_strategy" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_weights_alone_are_not_resumed_from(tmp_path, market, capsys):
     """The optimizer and its schedule would begin anew in the middle of training."""
     run = tiny_run(tmp_path, "--prices", str(market), "--save_strategy", "steps", "--save_steps", "4")

@@ -6,6 +6,7 @@
 The output folder is a model repository: it loads with `trust_remote_code=True` where this package is not installed.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -148,6 +149,15 @@ def check_processes(training: TrainingArguments) -> None:
         )
 
 
+def stop_early(patience: int | None, training: TrainingArguments) -> list[EarlyStoppingCallback]:
+    if patience is None:
+        return []
+    if training.eval_strategy == "no" or training.metric_for_best_model is None:
+        raise ValueError(f"early_stopping_patience {patience} needs an eval_strategy and a metric_for_best_model")
+    training.restore_callback_states_from_checkpoint = True  # a resumed run has the patience that was left
+    return [EarlyStoppingCallback(patience)]
+
+
 def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
     """The trainer of a run, what it is trained for, and its data."""
     check_processes(run.training)
@@ -159,7 +169,6 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
         print(data.cleaning, file=sys.stderr)
     record_cutoffs(config, data.split)
     task = TASKS[run.objective.task](config, data, run.objective)
-    patience = run.objective.early_stopping_patience
     trainer = task.trainer(
         model=make_model(run.model, config, task),
         args=run.training,
@@ -169,7 +178,7 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
         processing_class=data.extractor,
         compute_metrics=task.score,
         preprocess_logits_for_metrics=task.reduce,
-        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=stop_early(run.objective.early_stopping_patience, run.training),
         weights=balanced_weights(task.train, run.objective.balance) if run.objective.balance else None,
     )
     if trainer.is_fsdp_enabled and run.model.peft is not None:
@@ -262,14 +271,21 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
 
 def train_and_report(run: Run, folder: str | Path) -> None:
     """Trains, and leaves a model repository with its report in a folder."""
+    _train_and_report(run, folder)
+    if dist.is_initialized():
+        # The wrapped network first: as the last owner of the group it would, now and then, wait for ever for threads of
+        # the group that wait for it.
+        gc.collect()
+        # Without it some processes are gone before others are done with them.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _train_and_report(run: Run, folder: str | Path) -> None:
     trainer, task, data = prepare(run)
     fit(trainer, data, run)
     save_checkpoint(trainer, folder)
     write_report(trainer, task, data, run, folder)
-    if dist.is_initialized():
-        # Without it some processes are gone before others are done with them.
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @command
