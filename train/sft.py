@@ -273,8 +273,8 @@ def train_and_report(run: Run, folder: str | Path) -> None:
     """Trains, and leaves a model repository with its report in a folder."""
     _train_and_report(run, folder)
     if dist.is_initialized():
-        # The wrapped network first: as the last owner of the group it would, now and then, wait for ever for threads of
-        # the group that wait for it.
+        # The wrapped network first: as the last owner of the group it would, now and then, wait for ever for the
+        # group's threads, which wait for it.
         gc.collect()
         # Without it some processes are gone before others are done with them.
         dist.barrier()
