@@ -35,7 +35,6 @@ from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreMoE,
 )
 from spaceexploreai.train.arguments import bare_parser, command
-from spaceexploreai.train.memory import keep_freed_memory
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "27m" / "config.json"
 SQUARE = 2048  # rows and columns of the product that sets the machine's speed
@@ -234,7 +233,6 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"tokens must be a multiple of the context, got {args.tokens} and {args.context}")
     config = SpaceExploreConfig(**json.loads(args.model_config.read_text(encoding="utf-8")))
     torch.set_num_threads(1)  # a second would measure whatever else the machine is doing
-    keep_freed_memory()  # as training does
     training = Training(config, args.tokens, args.context)
     flops = training.count_flops()
     rounds = measure(training, args.rounds)

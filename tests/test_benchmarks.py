@@ -360,7 +360,6 @@ def test_the_clock_of_products_counts_those_alone():
 
 @pytest.mark.parametrize(("tokens", "step", "fails"), [(64, 9.0, False), (2048, 9.0, True), (2048, 1e-9, False)])
 def test_the_step_command_fails_below_three_quarters(tokens, step, fails, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(train_step, "measure", lambda *_: [train_step.Round(step, step, 1e9, {"front end": step / 4})])
     arguments = ["--model-config", write_recipe(tmp_path), "--tokens", str(tokens)]
     if fails:
