@@ -168,7 +168,8 @@ def test_a_mistake_ends_all_processes(tmp_path, market):
 def test_a_mistake_of_one_process_ends_the_other(tmp_path, market):
     """It is in no step with the other any more, which waits for its gradients."""
     run = tiny_run(tmp_path / "model", "--prices", str(market), "--use_cpu", "true")
-    group = Group(2, tmp_path, workers.train_disturbed, run, 2, workers.poison)
+    disturbance = ("compute_loss", 2, workers.poison, workers.train)
+    group = Group(2, tmp_path, workers.train_disturbed, run, *disturbance)
     first, last = group.wait()
     assert last == 2
     assert first != 0
@@ -227,6 +228,18 @@ def test_accumulated_batches_and_those_of_two_processes_are_the_large_batch(tmp_
             assert history(other)[step] == pytest.approx(pair, rel=2e-5)
 
 
+def test_evaluation_drops_no_window(tmp_path, market):
+    options = ("--dataloader_drop_last", "true", "--per_device_eval_batch_size", "4")
+    trainer, task, _ = sft.prepare(parse_run(tiny_run(tmp_path, "--prices", str(market), *options)))
+    evaluated, trained = (
+        sum(len(batch["past_values"]) for batch in loader)
+        for loader in (trainer.get_eval_dataloader(), trainer.get_train_dataloader())
+    )
+    assert evaluated == len(task.validation)
+    assert evaluated % 4 != 0
+    assert trained == len(task.train) // 32 * 32 < len(task.train)
+
+
 def test_a_step_with_parts_of_the_network_is_the_step_with_the_whole(tmp_path, market, checkpoint):
     """FSDP2 by itself: the weights after it make a checkpoint that forecasts the same."""
     _, _, data = sft.prepare(parse_run(tiny_run(tmp_path, "--prices", str(market))))
@@ -261,12 +274,14 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+# Processes, options, and before which call of what method of the trainer the last of them is killed.
+IN_A_STEP, IN_A_CHECKPOINT = ("compute_loss", range(9, 12)), ("_save_rng_state", range(1, 3))
 INTERRUPTED = {
-    "one process": (1, ()),
-    "accumulated batches": (1, ("--gradient_accumulation_steps", "2")),
-    "balanced windows": (1, ("--balance", "year")),
-    "two processes": (2, ()),
-    "two processes, balanced windows": (2, ("--balance", "year")),
+    "one process": (1, (), *IN_A_STEP),
+    "accumulated batches": (1, ("--gradient_accumulation_steps", "2"), "compute_loss", range(18, 24)),
+    "balanced windows": (1, ("--balance", "year"), *IN_A_STEP),
+    "two processes": (2, (), *IN_A_CHECKPOINT),
+    "two processes, balanced windows": (2, ("--balance", "year"), *IN_A_STEP),
 }
 
 
@@ -313,19 +328,20 @@ def test_weights_alone_are_not_resumed_from(tmp_path, market, capsys):
 @pytest.mark.parametrize("case", INTERRUPTED)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, market, case):
     """To the bit, in the second epoch, with dropout."""
-    size, options = INTERRUPTED[case]
-    check_resumed(tmp_path, market, size, options, random.Random(case))
+    size, options, method, calls = INTERRUPTED[case]
+    check_resumed(tmp_path, market, size, options, (method, random.Random(case).choice(calls)))
 
 
 def test_a_killed_run_with_parts_of_the_network_goes_on_too(tmp_path, market, checkpoint):
     """FSDP2 as accelerate has it. Its checkpoint is the repository that others write, code included."""
     environment = launch_environment(ACCELERATE / "fsdp.yaml", "--mixed_precision", "no")
-    check_resumed(tmp_path, market, 2, (), random.Random(0), workers.train_sharded, environment)
-    names = {path.name for path in (tmp_path / "broken").glob("*.py")}
-    assert names == {path.name for path in ROOT.glob("*_spaceexplore.py")} - {
-        "pipeline_spaceexplore.py",
-        "tokenization_spaceexplore.py",
-    }
+    check_resumed(tmp_path, market, 2, (), ("compute_loss", 10), workers.train_sharded, environment)
+    for folder in (tmp_path / "broken", tmp_path / "broken" / "checkpoint-12"):
+        names = {path.name for path in folder.glob("*.py")}
+        assert names == {path.name for path in checkpoint.glob("*.py")}
+    config = json.loads((tmp_path / "broken" / "config.json").read_text())
+    assert config["architectures"] == ["SpaceExploreForRegression"]
+    assert forecast_newest(*load_checkpoint(tmp_path / "broken"), read_prices(market))["mean"].notna().all()
 
 
 def test_an_adapter_is_not_trained_in_parts(tmp_path, market, checkpoint):
@@ -338,16 +354,15 @@ def test_an_adapter_is_not_trained_in_parts(tmp_path, market, checkpoint):
     assert group.logs[0].read_text().splitlines()[-1].endswith("an adapter is not trained in parts (FSDP)")
 
 
-def check_resumed(folder: Path, market: Path, size: int, options: tuple, generator: random.Random, *how) -> None:
-    """Trains 12 steps, kills another such run after the checkpoint of step 9, and resumes that."""
+def check_resumed(folder: Path, market: Path, size: int, options: tuple, moment: tuple, *how) -> None:
+    """Trains 12 steps, kills another such run at some moment, and resumes that."""
     target, *arguments = how or (workers.train,)
     batch = ("--per_device_train_batch_size", str(8 // size), *EVERY_STEP, *options)
     steps = ("--max_steps", "12", "--save_strategy", "steps", "--save_steps", "3")
     whole, broken = (tiny_run(folder / name, "--prices", str(market), *batch, *steps) for name in ("whole", "broken"))
     uninterrupted = Group(size, folder / "whole", target, whole, *arguments)
-    micro_batches = 2 if "--gradient_accumulation_steps" in options else 1
-    moment = generator.randrange(9 * micro_batches, 12 * micro_batches)
-    killed = Group(size, folder / "broken", workers.train_disturbed, broken, moment, workers.kill, target, *arguments)
+    disturbance = (*moment, workers.kill, target, *arguments)
+    killed = Group(size, folder / "broken", workers.train_disturbed, broken, *disturbance)
     assert -9 in killed.wait(), killed.printed()
     assert not (folder / "broken" / "checkpoint-12").exists()
     Group(size, folder / "broken", target, [*broken, "--resume_from_checkpoint", "true"], *arguments).succeed()

@@ -21,9 +21,9 @@ from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.train import sft
 from spaceexploreai.train.trainer import SpaceExploreTrainer
 
-# Forked from a server that has imported everything once; each process would need seconds for it.
+# Forked from a server that has imported once what would take each process seconds. (It does not find this module.)
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
+SERVER.set_forkserver_preload(["spaceexploreai.train.sft", "torch.distributed.fsdp"])
 TIME_LIMIT = 300
 
 
@@ -62,7 +62,7 @@ class Group:
 
 def run(rank: int, size: int, port: int, log: Path, target: Callable, arguments: tuple) -> None:
     if size > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": 1}
         store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ |= {name: str(value) for name, value in (own | store).items()}
     torch.set_num_threads(1)
@@ -99,25 +99,25 @@ def train_sharded(argv: list[str], environment: dict[str, str]) -> None:
     train(argv)
 
 
-def train_disturbed(argv: list[str], batch: int, disturb: Callable, target: Callable = train, *arguments) -> None:
-    """As `target`; something happens to the last process at its `batch`-th batch, counted from zero."""
-    compute_loss, batches = SpaceExploreTrainer.compute_loss, count()
+def train_disturbed(argv: list[str], method: str, call: int, disturb: Callable, target: Callable, *arguments) -> None:
+    """As `target`; something happens to the last process before a call, counted from zero, of the trainer's method."""
+    original, calls = getattr(SpaceExploreTrainer, method), count()
     is_last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 
-    def disturbed(trainer, model, inputs, **kwargs):
-        if next(batches) == batch and is_last:
-            disturb(inputs)
-        return compute_loss(trainer, model, inputs, **kwargs)
+    def disturbed(trainer, *args, **kwargs):
+        if next(calls) == call and is_last:
+            disturb(*args)
+        return original(trainer, *args, **kwargs)
 
-    SpaceExploreTrainer.compute_loss = disturbed
+    setattr(SpaceExploreTrainer, method, disturbed)
     target(argv, *arguments)
 
 
-def kill(inputs: dict[str, torch.Tensor]) -> None:
+def kill(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def poison(inputs: dict[str, torch.Tensor]) -> None:
+def poison(model, inputs: dict[str, torch.Tensor]) -> None:
     inputs["scale"][1] = torch.nan
 
 
