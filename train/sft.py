@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +33,7 @@ from spaceexploreai.train.arguments import (
     parse_run,
 )
 from spaceexploreai.train.lora import ADAPTER, add_adapter, has_adapter, merged
+from spaceexploreai.train.memory import keep_freed_memory
 from spaceexploreai.train.report import write_report
 from spaceexploreai.train.tasks import TASKS, Task
 from spaceexploreai.train.trainer import SpaceExploreTrainer, balanced_weights
@@ -69,33 +71,35 @@ def make_config(
 # --- the data ---
 
 
-def stocks_options(model_args: ModelArguments, data_args: DataArguments) -> dict:
-    """Options of the dataset, of `StocksConfig`. A checkpoint keeps its columns and their statistics."""
+# `origin` is a checkpoint that keeps its columns and their statistics, if there is one.
+
+
+def stocks_options(origin: str | None, data_args: DataArguments) -> dict:
+    """Options of the dataset, of `StocksConfig`."""
     options = {name: value for name, value in vars(data_args).items() if name != "dataset"}
-    return {"extractor": model_args.model_name_or_path, **options}
+    return {"extractor": origin, **options}
 
 
-def make_extractor(model_args: ModelArguments, data_args: DataArguments) -> SpaceExploreFeatureExtractor:
+def make_extractor(origin: str | None, data_args: DataArguments) -> SpaceExploreFeatureExtractor:
     """The columns of the data; their statistics need not be known yet."""
     if data_args.dataset is not None:
         return open_extractor(data_args.dataset)
-    return StocksConfig(**stocks_options(model_args, data_args)).make_extractor()
+    return StocksConfig(**stocks_options(origin, data_args)).make_extractor()
 
 
-def open_data(model_args: ModelArguments, data_args: DataArguments, config: SpaceExploreConfig) -> StockData:
+def open_data(origin: str | None, data_args: DataArguments, config: SpaceExploreConfig) -> StockData:
     """The windows to train on, built from prices or as somebody built them before."""
     if data_args.dataset is None:
         labels = {"horizons": list(config.horizons), "target": config.target}
-        return build_stocks(**stocks_options(model_args, data_args), **labels)
+        return build_stocks(**stocks_options(origin, data_args), **labels)
     data = open_stocks(data_args.dataset)
     if (data.horizons, data.target) != (list(config.horizons), config.target):
         raise ValueError(
             f"the network predicts {config.target} {list(config.horizons)} steps ahead, "
             f"{data_args.dataset} has {data.target} {data.horizons} steps ahead"
         )
-    if model_args.model_name_or_path is not None:
-        remedy = f"build it with --extractor {model_args.model_name_or_path}"
-        check_statistics(data.extractor, model_args.model_name_or_path, f"{data_args.dataset}: {remedy}")
+    if origin is not None:
+        check_statistics(data.extractor, origin, f"{data_args.dataset}: build it with --extractor {origin}")
     return data
 
 
@@ -162,15 +166,28 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
     """The trainer of a run, what it is trained for, and its data."""
     check_processes(run.training)
     set_seed(run.training.seed)
-    config = make_config(run.model, run.objective, make_extractor(run.model, run.data))
+    origin = run.model.model_name_or_path
+    config = make_config(run.model, run.objective, make_extractor(origin, run.data))
+    data = share_data(run, origin, config)
+    task = TASKS[run.objective.task](config, data, run.objective)
+    return make_trainer(task.trainer, run, task, data), task, data
+
+
+def share_data(run: Run, origin: str | None, config: SpaceExploreConfig) -> StockData:
+    """The data, which one process prepares for all; the configuration notes their dates."""
     with run.training.main_process_first(desc="the dataset"):  # the others find it in the cache
-        data = open_data(run.model, run.data, config)
+        data = open_data(origin, run.data, config)
     if run.training.process_index == 0:
         print(data.cleaning, file=sys.stderr)
     record_cutoffs(config, data.split)
-    task = TASKS[run.objective.task](config, data, run.objective)
-    trainer = task.trainer(
-        model=make_model(run.model, config, task),
+    return data
+
+
+def make_trainer(
+    kind: Callable[..., SpaceExploreTrainer], run: Run, task: Task, data: StockData
+) -> SpaceExploreTrainer:
+    trainer = kind(
+        model=make_model(run.model, task.config, task),
         args=run.training,
         data_collator=task.collate,
         train_dataset=task.train,
@@ -183,7 +200,7 @@ def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
     )
     if trainer.is_fsdp_enabled and run.model.peft is not None:
         raise ValueError(f"peft {run.model.peft}: an adapter is not trained in parts (FSDP)")
-    return trainer, task, data
+    return trainer
 
 
 def is_whole(checkpoint: str) -> bool:
@@ -240,13 +257,18 @@ def train(run: Run) -> SpaceExploreTrainer:
 def fit(trainer: SpaceExploreTrainer, data: StockData, run: Run) -> None:
     checkpoint = checkpoint_to_resume(run, data.extractor, trainer.model.config)
     check_writable(run.training.output_dir)
+    if run.training.device.type == "cpu":
+        keep_freed_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
+def save_checkpoint(trainer: Trainer, folder: str | Path, *beside) -> None:
     """Writes the model repository: weights, configurations and code, each file whole or not at all.
 
     An adapter is merged into the weights, and written by itself into the folder `adapter`.
+
+    Args:
+        beside: what else belongs to the model; by default the trainer's extractor and its task's tokenizer.
     """
     # Every process has a part of a sharded network, and gives it.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -255,11 +277,13 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     plain = merged(model)
-    tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(plain, task.head)), None)
+    if not beside:
+        tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(plain, task.head)), None)
+        beside = (trainer.processing_class, tokenizer)
     # Not trainer.save_model, which adds a pickle of the arguments.
     with TemporaryDirectory(dir=folder) as temporary:
         plain.save_pretrained(temporary, state_dict=weights)
-        for part in (trainer.processing_class, tokenizer):
+        for part in beside:
             if part is not None:
                 part.save_pretrained(temporary)
         if has_adapter(model):
@@ -272,6 +296,11 @@ def save_checkpoint(trainer: Trainer, folder: str | Path) -> None:
 def train_and_report(run: Run, folder: str | Path) -> None:
     """Trains, and leaves a model repository with its report in a folder."""
     _train_and_report(run, folder)
+    end_processes()
+
+
+def end_processes() -> None:
+    """After everything that belongs to a trainer was left behind."""
     if dist.is_initialized():
         # The wrapped network first: as the last owner of the group it would, now and then, wait for ever for the
         # group's threads, which wait for it.
