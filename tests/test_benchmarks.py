@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import make_market
 
-from spaceexploreai.benchmarks import data, kv_cache, train_step
+from spaceexploreai.benchmarks import ablation, data, kv_cache, train_step
 from spaceexploreai.benchmarks.kv_cache import RECIPE, bytes_per_token, fill_cache, make_model, tokens_per_second
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import write_table
+from spaceexploreai.data.stocks import open_stocks
 from spaceexploreai.modeling_spaceexplore import SpaceExploreLatentAttention
+from spaceexploreai.scripts import build_dataset
 
 LAYERS, HEADS, SHARED_HEADS, HEAD, LATENT, ROTARY = 3, 6, 2, 8, 10, 4
 # No two alike, so that no closed form holds by accident; mha caches 96 floats a token and layer, mla 14.
@@ -368,3 +370,49 @@ def test_the_step_command_fails_below_three_quarters(tokens, step, fails, tmp_pa
     else:
         train_step.main(arguments)
     assert "| front end | 25.0% |" in capsys.readouterr().out
+
+
+# --- ablation ---
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_table(make_market(tickers=2), folder / "market.parquet")
+    options = ["--prices", str(folder / "market.parquet"), "--output-dir", str(folder / "stocks"), "--config", "sft"]
+    build_dataset.main([*options, "--stride", "32"])
+    return folder / "stocks"
+
+
+def test_networks_and_their_averages_are_scored_alike(dataset, capsys, tmp_path):
+    runs = tmp_path / "runs.jsonl"
+    options = ["--steps", "2", "--batch-size", "4", "--seeds", "0", "1", "--variants", "full", "dense for moe"]
+    decays = ["--decays", "0", "0.9"]
+    ablation.main(["--dataset", str(dataset), *options, *decays, "--output", str(runs)])
+    found = pd.read_json(runs, lines=True).set_index(["variant", "seed"]).drop(columns="parameters")
+    assert len(found) == 12
+    assert found.stack().between(-100, 100).all()
+    for name in ("full", "dense for moe"):
+        for seed in (0, 1):  # without decay, an average is the last weights
+            last, same, slow = (found.loc[(name + which, seed)] for which in ("", ", average 0.0", ", average 0.9"))
+            assert same.tolist() == pytest.approx(last.tolist(), abs=1e-6)
+            assert (slow - last).abs().max() > 1e-6
+    assert "dense for moe, average 0.9" in capsys.readouterr().out
+
+
+def test_the_last_position_alone_keeps_its_labels(dataset):
+    windows = open_stocks(str(dataset)).train
+    whole, last = windows[0], ablation.LastPositionOnly(windows)[0]
+    assert (last["labels"][:-1] == -100).all()
+    assert last["labels"][-1].tolist() == whole["labels"][-1].tolist()
+    assert (whole["labels"][:-1] != -100).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(["--variants", "full", "t2t"], "the variant t2t needs an --extractor"), (["--variants", "none"], "got 'none'")],
+)
+def test_the_ablation_refuses(dataset, options, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main(["--dataset", str(dataset), *options])
+    assert complaint in capsys.readouterr().err

@@ -144,8 +144,11 @@ def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
 # --- training ---
 
 
-def check_processes(training: TrainingArguments) -> None:
-    """Processes that do not know of each other would each train alone, and write the same files."""
+def check_machine(training: TrainingArguments) -> None:
+    """Refuses what accelerate ignores, or what would go wrong without its notice: processes that do not know of each
+    other would each train alone, and write the same files."""
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("fp16 true needs a GPU, a CPU would go on in float32; bf16 works on both")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != training.world_size:
         raise ValueError(
@@ -164,7 +167,7 @@ def stop_early(patience: int | None, training: TrainingArguments) -> list[EarlyS
 
 def prepare(run: Run) -> tuple[SpaceExploreTrainer, Task, StockData]:
     """The trainer of a run, what it is trained for, and its data."""
-    check_processes(run.training)
+    check_machine(run.training)
     set_seed(run.training.seed)
     origin = run.model.model_name_or_path
     config = make_config(run.model, run.objective, make_extractor(origin, run.data))
