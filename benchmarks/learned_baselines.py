@@ -27,8 +27,10 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.stocks import SeriesStore, StockData, StoredWindows, open_stocks, rows_of
 from spaceexploreai.data.windows import IGNORE_INDEX
+from spaceexploreai.evaluation.inference import ratio_with_error, standard_error
 from spaceexploreai.evaluation.learned import LEARNED, evenly_spaced
-from spaceexploreai.evaluation.metrics import coverage, crps, mse, rank_ic
+from spaceexploreai.evaluation.metrics import coverage, crps, mse
+from spaceexploreai.evaluation.ranking import rank_ic
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.scripts.forecast import load_checkpoint
@@ -187,25 +189,13 @@ def score_days(forecast: Forecast, steps: Steps, column: int, levels: np.ndarray
     return pd.DataFrame(rows, index=days)
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of a (D,) autocorrelated series: Newey & West, 1987, with 1.3·sqrt(D) lags."""
-    count = len(values)
-    centred = values - values.mean()
-    lags = min(math.ceil(1.3 * math.sqrt(count)), count - 1)
-    products = [centred[lag:] @ centred[: count - lag] / count for lag in range(lags + 1)]
-    weights = [1.0, *(2 * (1 - lag / (lags + 1)) for lag in range(1, lags + 1))]
-    return math.sqrt(max(np.dot(weights, products), 0.0) / count)
-
-
 def lead(better: pd.DataFrame, worse: pd.DataFrame, reference: pd.DataFrame) -> tuple[float, float]:
     """Difference of two CRPS skills over a reference, and its standard error, from the scores of each day.
 
-    All returns of one day are one observation: they share what happened to the market. The error is that of a ratio of
-    means, to first order.
+    All returns of one day are one observation: they share what happened to the market.
     """
     sums = [(days["crps"] * days["tickers"]).to_numpy() for days in (better, worse, reference)]
-    value = (sums[1].sum() - sums[0].sum()) / sums[2].sum()
-    return value, standard_error(sums[1] - sums[0] - value * sums[2]) / sums[2].mean()
+    return ratio_with_error(sums[1] - sums[0], sums[2])
 
 
 def rank_ic_with_t(days: pd.DataFrame) -> tuple[float, float]:

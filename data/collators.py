@@ -76,6 +76,53 @@ class PathCollator:
         labels[known + 1] = self.tokenizer.encode_returns(returns[known, None], scales[known])[:, 0]
 
 
+class PreferenceCollator:
+    """Tokenised preference pairs to batches of TRL's `DPOTrainer`, with the numeric context that its own collator
+    would leave out.
+
+    A row of tokens is the prompt, a `<ts>` for each unpadded step and `<bos>`, and the path, padded on the right: what
+    `PathCollator` trained on. So the `<eos>` that ends a path as text is dropped; the model never learnt to say it.
+
+    Args:
+        series: histories that the contexts are cut from (`stocks.SeriesStore`).
+        tokenizer: bins of the returns.
+    """
+
+    def __init__(self, series, tokenizer: SpaceExploreTokenizer):
+        self.series = series
+        self.tokenizer = tokenizer
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """`input_ids, attention_mask, completion_mask` (2B, S), `past_values` (2B, T, F), `past_values_mask` (2B, T):
+        the chosen paths, then the rejected ones. What the reference says of them, (B,), if it is among the columns."""
+        contexts = [self.series.steps(one["series"], one["first"], one["last"] + 1) for one in examples]
+        context = collate_windows([{"past_values": one.values, "attention_mask": one.traded} for one in contexts])
+        sides = ("chosen_ids", "rejected_ids")
+        rows = [(one["prompt_ids"], self._path(one[side])) for side in sides for one in examples]
+        batch = self._tokens(rows) | {
+            "past_values": context["past_values"].repeat(2, 1, 1),
+            "past_values_mask": context["attention_mask"].repeat(2, 1),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([one[name] for one in examples])
+        return batch
+
+    def _tokens(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Of prompts and paths."""
+        shape = (len(rows), max(len(prompt) + len(path) for prompt, path in rows))
+        ids, completion = np.full(shape, self.tokenizer.pad_token_id), np.zeros(shape, dtype=np.int64)
+        for row, mask, (prompt, path) in zip(ids, completion, rows, strict=True):
+            stop = len(prompt) + len(path)
+            row[:stop], mask[len(prompt) : stop] = [*prompt, *path], 1
+        ids = torch.from_numpy(ids)
+        attention_mask = (ids != self.tokenizer.pad_token_id).long()
+        return {"input_ids": ids, "attention_mask": attention_mask, "completion_mask": torch.from_numpy(completion)}
+
+    def _path(self, ids: list[int]) -> list[int]:
+        return [token for token in ids if token != self.tokenizer.eos_token_id]
+
+
 def _stack(arrays: list[np.ndarray], longest: int, padding: float) -> torch.Tensor:
     stacked = np.full((len(arrays), longest, *arrays[0].shape[1:]), padding, dtype=np.float32)
     for row, array in zip(stacked, arrays, strict=True):

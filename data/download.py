@@ -83,6 +83,12 @@ def read_tickers_file(path: str | Path) -> list[str]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def universe_tickers(universe: str) -> str:
+    """Comma-separated members of an index of `universes.json`, or tickers of a text file."""
+    is_file = Path(universe).is_file()
+    return ",".join(read_tickers_file(universe) if is_file else read_universe(universe)["tickers"])
+
+
 # --- providers -------------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers.utils import FEATURE_EXTRACTOR_NAME, cached_file
 
 from spaceexploreai.data.cleaning import CleaningReport, read_clean
+from spaceexploreai.data.preferences import choose_pairs
 from spaceexploreai.data.prices import SAMPLE_PATH, parse_tickers
 from spaceexploreai.data.windows import (
     IGNORE_INDEX,
@@ -72,7 +73,7 @@ FIT_TICKERS = 1000
 HISTORY = "history"
 METADATA_NAME = "stocks.json"
 BLOCK_LENGTH = 5  # days that a resampled path takes over in a row: a week
-# One sampled path of log-returns (N, H) for each history, which ends with the forecast origin.
+# K sampled paths of log-returns, (N, K, H), for each history, which ends with the forecast origin.
 SamplePaths = Callable[[list[EncodedSeries], int], np.ndarray]
 
 
@@ -700,14 +701,15 @@ def build_stocks(**options) -> StockData:
     return _stock_data(builder.extractor, metadata, builder.series, builder.as_dataset())
 
 
-def open_extractor(folder: str) -> SpaceExploreFeatureExtractor:
+def open_extractor(folder: str, name: str = "sft") -> SpaceExploreFeatureExtractor:
     """The extractor of a folder that `scripts/build_dataset.py` wrote.
 
     Raises:
-        ValueError: it is no such folder, or has no windows.
+        ValueError: it is no such folder, or has no windows or pairs.
     """
-    if not Path(folder, METADATA_NAME).is_file() or not Path(folder, "sft").is_dir():
-        raise ValueError(f"{folder} is no dataset of scripts/build_dataset.py with windows (--config sft)")
+    if not Path(folder, METADATA_NAME).is_file() or not Path(folder, name).is_dir():
+        content = {"sft": "windows", "dpo": "preference pairs"}[name]
+        raise ValueError(f"{folder} is no dataset of scripts/build_dataset.py with {content} (--config {name})")
     return SpaceExploreFeatureExtractor.from_pretrained(folder)
 
 
@@ -734,6 +736,49 @@ def _stock_data(
         CleaningReport.from_dict(metadata["cleaning"]),
         metadata["fingerprint"],
         *(open_windows(series, windows[name]) for name in ("train", "validation")),
+    )
+
+
+class PairData(NamedTuple):
+    """Preference pairs to align a model with, and the histories that their contexts are cut from."""
+
+    extractor: SpaceExploreFeatureExtractor
+    horizons: list[int]
+    split: Split
+    cleaning: CleaningReport
+    fingerprint: str
+    series: SeriesStore
+    pairs: dict[str, Dataset]
+
+
+def build_pairs(**options) -> PairData:
+    """As `build_stocks`, the configuration `dpo`."""
+    builder = Stocks(config_name="dpo", **{key: value for key, value in options.items() if key in READS["dpo"]})
+    builder.download_and_prepare()
+    metadata = {**builder.metadata, "fingerprint": builder.hash}
+    return _pair_data(builder.extractor, metadata, builder.series, builder.as_dataset())
+
+
+def open_pairs(folder: str) -> PairData:
+    """Opens a folder that `scripts/build_preferences.py` or `scripts/build_dataset.py` wrote; raises as
+    `open_extractor`."""
+    extractor = open_extractor(folder, "dpo")
+    metadata = json.loads(Path(folder, METADATA_NAME).read_text(encoding="utf-8"))
+    pairs = {name: _read_shards(folder, "dpo", name) for name in Split._fields}
+    return _pair_data(extractor, metadata, _read_shards(folder, "series", HISTORY), pairs)
+
+
+def _pair_data(
+    extractor: SpaceExploreFeatureExtractor, metadata: dict, series: Dataset, pairs: dict[str, Dataset]
+) -> PairData:
+    return PairData(
+        extractor,
+        metadata["horizons"],
+        date_ranges(metadata),
+        CleaningReport.from_dict(metadata["cleaning"]),
+        metadata["fingerprint"],
+        SeriesStore(series.data),
+        dict(pairs),
     )
 
 
@@ -814,23 +859,26 @@ def pair_rows(
     within: DateRange,
     context_length: int,
     sample_paths: SamplePaths | None = None,
+    chosen: str = "realised",
 ) -> dict:
     store = SeriesStore(series.data.slice(group[0], group[-1] + 1 - group[0]))
     sample_paths, tokenizer, rows = sample_paths or BlockBootstrap(config.seed), SpaceExploreTokenizer(), []
     for index in group:
         one = store[index - group[0]]
         paths = non_overlapping_paths(one, config.horizons[-1], within, context_length)
-        pairs = preference_pairs(one, *paths, sample_paths, tokenizer, context_length, config.margin)
+        pairs = preference_pairs(one, *paths, sample_paths, tokenizer, context_length, config.margin, chosen)
         rows += [{"series": index, **pair} for pair in pairs]
     return {name: [row[name] for row in rows] for name in pair_columns(0, 0)}
 
 
-def sampled_pairs(builder: Stocks, sample_paths: SamplePaths) -> dict[str, Dataset]:
-    """The splits of the `dpo` configuration with rejected paths of a model. They are not cached."""
+def sampled_pairs(builder: Stocks, sample_paths: SamplePaths, chosen: str = "realised") -> dict[str, Dataset]:
+    """The splits of the `dpo` configuration with paths of a model (see `choose_pairs`). They are not cached."""
     datasets = {}
     for split, arguments in pair_splits(builder).items():
         groups = arguments.pop("groups")
-        parts = [pair_rows(builder.config, group, **arguments, sample_paths=sample_paths) for group in groups]
+        parts = [
+            pair_rows(builder.config, group, **arguments, sample_paths=sample_paths, chosen=chosen) for group in groups
+        ]
         tables = [pa.table(rows, schema=builder.info.features.arrow_schema) for rows in parts]
         datasets[split] = Dataset(pa.concat_tables(tables))
         if not len(datasets[split]):
@@ -860,11 +908,11 @@ def preference_pairs(
     tokenizer: SpaceExploreTokenizer,
     context_length: int,
     margin: float,
+    chosen: str = "realised",
 ) -> Iterator[dict]:
-    """The realised path against one sampled path, where their cumulative returns are at least `margin` apart.
+    """A pair of each origin (see `choose_pairs`) whose cumulative returns are at least `margin` apart.
 
-    A pair that is too close is dropped, not sampled again: that would choose among samples, and the optimum of worst
-    of K is a model that is too narrow (FACTS: with K = 8 and beta 0.1 its standard deviation falls to 0.15 of 1).
+    A pair that is too close is dropped, not sampled again: that would choose among samples.
 
     Args:
         one: a history.
@@ -872,20 +920,20 @@ def preference_pairs(
         realised: (N, H) log-returns after each.
         sample_paths: of a model (`train.sampling.ModelPaths`), or `BlockBootstrap`; it gets each history up to and
             including its origin.
+        chosen: the realised path or the best sample.
     """
     if not len(origins):
         return
-    length = realised.shape[1]
     histories = [EncodedSeries(one.ticker, *(column[: end + 1] for column in one[1:])) for end in origins]
-    sampled = np.asarray(sample_paths(histories, length))
-    apart = np.abs(realised.sum(axis=1) - sampled.sum(axis=1)) / (one.scale[origins] * np.sqrt(length))
-    for end, chosen, rejected, distance in zip(origins.tolist(), realised, sampled, apart, strict=True):
-        texts = [tokenizer.to_text(path, one.scale[end]) for path in (chosen, rejected)]
-        if distance >= margin and texts[0] != texts[1]:
+    sampled = np.asarray(sample_paths(histories, realised.shape[1]))
+    pairs = choose_pairs(sampled, realised, one.scale[origins], chosen)
+    for end, *pair, distance in zip(origins.tolist(), *pairs, strict=True):
+        preferred, rejected = (tokenizer.to_text(path, one.scale[end]) for path in pair)
+        if distance >= margin and preferred != rejected:
             yield {
                 "prompt": tokenizer.prompt(int(one.traded[end + 1 - context_length : end + 1].sum())),
-                "chosen": texts[0],
-                "rejected": texts[1],
+                "chosen": preferred,
+                "rejected": rejected,
                 "ticker": one.ticker,
                 "date": one.dates[end].astype("datetime64[D]").astype(object),
                 "first": end + 1 - context_length,
@@ -896,7 +944,7 @@ def preference_pairs(
 
 
 class BlockBootstrap(NamedTuple):
-    """Paths without a model: what the same ticker did on earlier days, weeks drawn at random, in today's volatility.
+    """A path without a model: what the same ticker did on earlier days, weeks drawn at random, in today's volatility.
 
     Log-returns over the volatility known the day before are resampled in blocks of `BLOCK_LENGTH` days and multiplied
     by the volatility at the origin. The marginal distribution and the order within a week are real, what the
@@ -906,7 +954,7 @@ class BlockBootstrap(NamedTuple):
     seed: int
 
     def __call__(self, histories: list[EncodedSeries], length: int) -> np.ndarray:
-        return np.stack([self._path(one, length) for one in histories])
+        return np.stack([self._path(one, length) for one in histories])[:, None]
 
     def _path(self, one: EncodedSeries, length: int) -> np.ndarray:
         # By ticker and origin, so that groups and processes change nothing.

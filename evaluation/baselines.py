@@ -1,62 +1,139 @@
-"""Naive forecasts beside the model's: random walk, with drift, EWMA volatility with empirical quantiles."""
+"""Baselines beside the model: random walk, drift, the last return again, EWMA volatility with empirical quantiles;
+with `baselines="all"` those that are fitted too."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
 from spaceexploreai.indicators_spaceexplore import ewma_volatility
 
-BASELINES = ("zero", "drift", "ewma")
+BASELINES = ("zero", "drift", "last", "ewma")
+FITTED = ("garch", "ridge", "lightgbm", "dlinear", "patchtst")
 _UNIT_NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 1000) for i in range(1000)])
+LEVELS = tuple(step / 20 for step in range(1, 20))
 MIN_POOL = 100  # fewer leave the 5 % and 95 % quantiles to a handful of days
 
 
-def add_baselines(forecasts: pd.DataFrame, prices: pd.DataFrame) -> pd.DataFrame:
-    """Puts the columns of every baseline beside the model's (`zero_mean, zero_q0.05, …, ewma_p_up`).
+class Training(NamedTuple):
+    """What baselines are fitted to, and what they read at a cutoff: the network's own inputs.
 
-    A row sees its ticker's bars up to its cutoff. Only "ewma" fits anything: the standardised returns pooled over the
-    tickers of `prices` that were known at the first cutoff of the table.
+    Attributes:
+        end: last date of the training range.
+        series: histories as the extractor encodes them, to the newest cutoff.
+        labels: of each a (T, H) array of log-returns to the horizons, those of `make_labels`, but NaN where a step is
+            not in the training range.
+        horizons: (H,) steps ahead, those of the forecasts.
+        context_length: steps of a window.
+    """
+
+    end: pd.Timestamp
+    series: Sequence[EncodedSeries]
+    labels: Sequence[np.ndarray]
+    horizons: list[int]
+    context_length: int
+
+
+def add_baselines(
+    forecasts: pd.DataFrame, prices: pd.DataFrame, baselines: str = "fast", training: Training | None = None
+) -> pd.DataFrame:
+    """Puts the columns of every baseline beside the model's (`zero_mean, zero_q0.05, …, ewma_p_up`), and
+    `naive_error`, the mean size of the ticker's daily log-returns so far, by which MASE divides.
+
+    A row sees its ticker's bars up to its cutoff. Of the fast ones only "ewma" fits anything: the standardised returns
+    pooled over the tickers of `prices` that were known at the first cutoff of the table.
 
     - zero: the naive method. Hyndman & Athanasopoulos, FPP3, sections 5.2 and 5.5: Gaussian around 0 with
       sd = s·sqrt(h), s the root mean square of all daily log-returns so far; p_up is 0.5.
     - drift: FPP3's drift method: Gaussian around h·m with sd = s·sqrt(h·(1 + h/n)), m and s the mean and the standard
       deviation (n - 1 degrees of freedom) of the n daily log-returns so far.
+    - last: the return of the last h days once more, Gaussian with sd = s·sqrt(2h), that of the difference between two
+      returns of h days, s as of zero. Before h returns are known, h times their mean.
     - ewma: `ewma_volatility`·sqrt(h) times the empirical quantiles and mean of the pooled h-day log-returns, each
       divided by its own such scale; p_up is the pool's share above 0. In the spirit of filtered historical simulation
       (Barone-Adesi, Giannopoulos & Vosper, 1999), without its resampling of daily returns. A pool of fewer than
       `MIN_POOL` returns, as before a short history, gives way to the unit normal.
 
+    With "all" those of `FITTED` follow, which see the training range and their own cutoff: `garch.py`, and ridge,
+    lightgbm, dlinear and patchtst of the network's own inputs, `learned.py` and `neural.py`.
+
     Args:
         forecasts: forecast table; row order and index are kept, baseline columns already there are replaced.
         prices: validated price table with the history of every ticker forecast.
+        baselines: "fast" or "all".
+        training: what "all" are fitted to.
 
     Returns:
-        The forecast table with `len(BASELINES) * (Q + 2)` more columns, in log-returns.
+        The forecast table with `Q + 2` more columns of each baseline, in log-returns.
 
     Raises:
         ValueError: a cutoff without a bar or with less history than `ewma_volatility` needs, a missing or malformed
-            column.
+            column; of "all", no training or a package that is not installed.
     """
+    if baselines not in ("fast", "all"):
+        raise ValueError(f"baselines must be fast or all, got {baselines!r}")
     require_columns(forecasts, ["ticker", "cutoff", "horizon"])
-    levels = np.array(quantile_levels(forecasts))
+    naive = _fast(forecasts, prices)
+    if baselines == "all":
+        fitted = _fitted(forecasts, prices, naive, training)
+        naive = pd.concat([naive, *fitted], axis=1)
+    return pd.concat([forecasts.drop(columns=naive.columns, errors="ignore"), naive], axis=1)
+
+
+def _fast(forecasts: pd.DataFrame, prices: pd.DataFrame) -> pd.DataFrame:
+    """Columns of the baselines that need no training."""
+    levels = np.array(levels_of(forecasts))
     horizons = forecasts["horizon"].to_numpy()
     bars = _running_statistics(prices)
+    for horizon in np.unique(horizons):
+        bars[f"move_{horizon}"] = bars["log_close"] - bars.groupby("ticker")["log_close"].shift(horizon)
     known = _known_at_cutoff(forecasts, bars)
     past = bars[bars["date"] <= forecasts["cutoff"].min()]
     pools = {horizon: _standardised_returns(past, horizon) for horizon in np.unique(horizons)}
-    naive = pd.concat(
+    return pd.concat(
         [
+            known["naive_error"],
             _zero(known, horizons, levels).add_prefix("zero_"),
             _drift(known, horizons, levels).add_prefix("drift_"),
+            _last(known, horizons, levels).add_prefix("last_"),
             _ewma(known, horizons, levels, pools).add_prefix("ewma_"),
         ],
         axis=1,
     ).set_axis(forecasts.index)
-    return pd.concat([forecasts.drop(columns=naive.columns, errors="ignore"), naive], axis=1)
+
+
+def _fitted(
+    forecasts: pd.DataFrame, prices: pd.DataFrame, naive: pd.DataFrame, training: Training | None
+) -> list[pd.DataFrame]:
+    """Columns of the baselines that are fitted. Imported here, since most who forecast need none of their packages."""
+    if training is None:
+        raise ValueError("baselines 'all' are fitted: they need the histories and labels of a training range")
+    require_package("arch", "lightgbm", "sklearn")
+    from spaceexploreai.evaluation.fitted import forecast_learned
+    from spaceexploreai.evaluation.garch import forecast_garch
+
+    rows = forecasts.reset_index(drop=True)
+    found = {"garch": forecast_garch(rows, prices, training.end, naive.filter(regex="^ewma_").set_axis(rows.index))}
+    found |= forecast_learned(rows, training, FITTED[1:])
+    return [table.add_prefix(f"{name}_").set_axis(forecasts.index) for name, table in found.items()]
+
+
+def require_package(*names: str) -> None:
+    """Raises a ValueError that says how to install the first of the packages that is missing."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"this baseline needs the package {name}: pip install 'spaceexploreai[baselines]'")
+
+
+def baselines_of(forecasts: pd.DataFrame) -> list[str]:
+    """The baselines of a forecast table: those that always stand there, and those of `FITTED` that do."""
+    return [*BASELINES, *(name for name in FITTED if f"{name}_mean" in forecasts)]
 
 
 def quantile_levels(forecasts: pd.DataFrame) -> list[float]:
@@ -70,6 +147,11 @@ def quantile_levels(forecasts: pd.DataFrame) -> list[float]:
     if not levels:
         raise ValueError(f"forecast table has no quantile column like 'q0.5' among {list(forecasts.columns)}")
     return levels
+
+
+def levels_of(forecasts: pd.DataFrame) -> list[float]:
+    """Levels of the baselines' quantiles: the model's own, or `LEVELS` where it forecasts classes alone."""
+    return list(LEVELS) if "p_down" in forecasts else quantile_levels(forecasts)
 
 
 def quantile_columns(levels: Iterable[float], prefix: str = "") -> list[str]:
@@ -102,7 +184,8 @@ def _known_at_cutoff(forecasts: pd.DataFrame, bars: pd.DataFrame) -> pd.DataFram
 
 
 def _running_statistics(prices: pd.DataFrame) -> pd.DataFrame:
-    """Per bar, over its ticker's daily log-returns up to and including it: `count, mean, sd, rms, volatility`."""
+    """Per bar, over its ticker's daily log-returns up to and including it: `count, mean, sd, rms, volatility` and
+    `naive_error`, the mean of their sizes."""
     by_ticker = prices["ticker"]
     log_close = np.log(prices["close"])
     returns = log_close.groupby(by_ticker).diff()
@@ -120,6 +203,7 @@ def _running_statistics(prices: pd.DataFrame) -> pd.DataFrame:
             "mean": total / count,
             "sd": np.sqrt(variance.clip(lower=0.0)),
             "rms": np.sqrt(squares / count),
+            "naive_error": returns.abs().fillna(0.0).groupby(by_ticker).cumsum() / count,
             "volatility": prices.groupby("ticker")["close"].transform(ewma_volatility),
         }
     )
@@ -143,13 +227,21 @@ def _drift(known: pd.DataFrame, horizons: np.ndarray, levels: np.ndarray) -> pd.
     return _gaussian(horizons * known["mean"].to_numpy(), sd, levels)
 
 
+def _last(known: pd.DataFrame, horizons: np.ndarray, levels: np.ndarray) -> pd.DataFrame:
+    mean = horizons * known["mean"].to_numpy()
+    for horizon in np.unique(horizons):
+        moved = known[f"move_{horizon}"].to_numpy()
+        mean = np.where((horizons == horizon) & np.isfinite(moved), moved, mean)
+    return _gaussian(mean, known["rms"].to_numpy() * np.sqrt(2 * horizons), levels)
+
+
 def _ewma(known: pd.DataFrame, horizons: np.ndarray, levels: np.ndarray, pools: dict[int, np.ndarray]) -> pd.DataFrame:
     unique, which = np.unique(horizons, return_inverse=True)
     scale = known["volatility"].to_numpy() * np.sqrt(horizons)
     mean = np.array([pools[h].mean() for h in unique])[which]
     quantiles = np.array([np.quantile(pools[h], levels) for h in unique])[which]
     p_up = np.array([(pools[h] > 0).mean() for h in unique])[which]
-    return _distribution(mean * scale, quantiles * scale[:, None], p_up, levels)
+    return distribution(mean * scale, quantiles * scale[:, None], p_up, levels)
 
 
 def _gaussian(mean: np.ndarray, sd: np.ndarray, levels: np.ndarray) -> pd.DataFrame:
@@ -157,10 +249,10 @@ def _gaussian(mean: np.ndarray, sd: np.ndarray, levels: np.ndarray) -> pd.DataFr
     # A price that never moved has sd 0: the floor turns its 0/0 into p_up 0.5.
     ratio = mean / np.maximum(sd, np.finfo(float).tiny)
     p_up = 0.5 * np.vectorize(math.erfc, otypes=[float])(-ratio / math.sqrt(2))
-    return _distribution(mean, mean[:, None] + sd[:, None] * z, p_up, levels)
+    return distribution(mean, mean[:, None] + sd[:, None] * z, p_up, levels)
 
 
-def _distribution(mean: np.ndarray, quantiles: np.ndarray, p_up: np.ndarray, levels: np.ndarray) -> pd.DataFrame:
+def distribution(mean: np.ndarray, quantiles: np.ndarray, p_up: np.ndarray, levels: np.ndarray) -> pd.DataFrame:
     """Columns `mean, q…, p_up` from (R,), (R, Q) and (R,) arrays."""
     table = pd.DataFrame(quantiles, columns=quantile_columns(levels))
     table.insert(0, "mean", mean)

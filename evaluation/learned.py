@@ -4,15 +4,14 @@
     mean, quantiles = forecaster.forecast(features, scale, levels)
 
 They say what a network adds to the same numbers. Whoever calls them gives steps of the training range and no others;
-strengths and numbers of trees are chosen on the tail of its dates, then everything is fitted to all of it.
+strengths and numbers of trees are chosen on the tail of its dates, then everything is fitted to all of it. Those that
+read a whole window are in `neural.py`; `fitted.py` puts the forecasts of both into a table.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import lightgbm
 import numpy as np
-from sklearn.linear_model import Ridge
 
 # Shapes: N steps, F features, H horizons, Q quantile levels, R residuals
 
@@ -101,6 +100,8 @@ def fit_ridge(days: np.ndarray, features: np.ndarray, targets: np.ndarray, horiz
 
 def _ridge(features: np.ndarray, targets: np.ndarray, penalty: float | np.ndarray) -> Callable:
     """A function of (N, F) features; the penalty is one or (H,)."""
+    from sklearn.linear_model import Ridge
+
     model = Ridge(alpha=penalty * len(features)).fit(features, targets)
     return lambda features: model.predict(features).reshape(len(features), -1)
 
@@ -137,6 +138,8 @@ def _boost(
     objective: str, features: np.ndarray, target: np.ndarray, fit: np.ndarray, tail: np.ndarray, num_threads: int
 ) -> Callable:
     """A function of (N, F) features: as many trees as serve the tail best, grown again on all rows."""
+    import lightgbm
+
     options = TREES | {"objective": objective, "num_threads": num_threads}
     early = lightgbm.Dataset(features[fit], target[fit], params=options)
     late = early.create_valid(features[tail], target[tail])
@@ -182,10 +185,14 @@ def evenly_spaced(count: int, limit: int = MAX_ROWS) -> np.ndarray:
     return np.unique((places * (count / limit)).astype(np.int64))
 
 
-def _checked(days: np.ndarray, features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
+def refuse_not_finite(targets: np.ndarray) -> None:
     finite = np.isfinite(targets)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         raise ValueError(f"target {targets[row, column]} in row {row}, column {column}: every target must be finite")
+
+
+def _checked(days: np.ndarray, features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, ...]:
+    refuse_not_finite(targets)
     rows = evenly_spaced(len(days))
     return days[rows], features[rows].astype(np.float32), targets[rows].astype(np.float32)

@@ -1,11 +1,32 @@
 """Point, interval and distribution metrics of a forecast table, the model beside the naive baselines."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
-from spaceexploreai.evaluation.baselines import BASELINES, quantile_columns, quantile_levels, require_columns
+from spaceexploreai.evaluation.baselines import (
+    baselines_of,
+    quantile_columns,
+    quantile_levels,
+    require_columns,
+)
+from spaceexploreai.evaluation.inference import (
+    date_codes,
+    diebold_mariano,
+    direction_t,
+    effective_count,
+    mean_with_error,
+    skill_with_error,
+    standard_error,
+    t_value,
+    wilson_interval,
+)
+from spaceexploreai.evaluation.ranking import decile_spread_by_date, ic_by_date, turnover
+from spaceexploreai.evaluation.ranking import rank_ic as rank_ic  # for those who import it from here
 
-MIN_TICKERS = 10  # a cross-section smaller than this has no meaningful rank correlation
+REGIMES = ("calm", "normal", "wild")
+INTERVALS = (50, 80, 90)  # percent
 
 # Shapes: N rows with known outcome, Q quantile levels. y, mean and quantiles are log-returns.
 
@@ -23,6 +44,13 @@ def rmse(y: np.ndarray, mean: np.ndarray) -> float:
 def mae(y: np.ndarray, mean: np.ndarray) -> float:
     """Mean absolute error of (N,) means."""
     return float(np.mean(np.abs(y - mean)))
+
+
+def mase(y: np.ndarray, mean: np.ndarray, naive: np.ndarray) -> float:
+    """Mean absolute scaled error: of (N,) means over (N,) errors of the naive forecast of one day in the past of each
+    ticker (Hyndman & Koehler, 2006). Tickers that never moved are left out; NaN if that leaves none."""
+    moved = naive > 0
+    return float(np.mean(np.abs(y - mean)[moved] / naive[moved])) if moved.any() else float("nan")
 
 
 def direction_accuracy(y: np.ndarray, mean: np.ndarray) -> float:
@@ -44,8 +72,13 @@ def direction_base_rate(y: np.ndarray) -> float:
 
 def pinball(y: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> float:
     """Mean pinball loss of (N, Q) quantiles at (Q,) levels, over rows and levels. Koenker & Bassett, 1978."""
+    return float(np.mean(pinball_of_rows(y, quantiles, levels)))
+
+
+def pinball_of_rows(y: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """(N,) pinball losses, each the mean over the levels."""
     error = y[:, None] - quantiles
-    return float(np.mean(np.maximum(levels * error, (levels - 1) * error)))
+    return np.maximum(levels * error, (levels - 1) * error).mean(axis=1)
 
 
 def crps(y: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> float:
@@ -67,24 +100,42 @@ def coverage(y: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
     return float(np.mean((lower <= y) & (y <= upper)))
 
 
-def rank_ic(y: np.ndarray, mean: np.ndarray, cutoff: np.ndarray) -> float:
-    """Rank information coefficient: Spearman correlation of mean and y across tickers, averaged over cutoffs.
+def interval_score(y: np.ndarray, lower: np.ndarray, upper: np.ndarray, share: float) -> np.ndarray:
+    """(N,) scores of central intervals of `share`: width, and 2/(1 - share) times what y is outside of them. Winkler,
+    1972; Gneiting & Raftery, 2007."""
+    return upper - lower + 2 / (1 - share) * (np.maximum(lower - y, 0) + np.maximum(y - upper, 0))
 
-    Args:
-        y, mean: (N,) floats.
-        cutoff: (N,) keys of the cross-section a row belongs to.
+
+def weighted_interval_score(y: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> float:
+    """Bracher, Ray, Gneiting & Reich, 2021, of the median and every central interval among the levels.
+
+    If all levels are in one of them, as 0.05, 0.1 … 0.95 are, this is `crps`. NaN without a median or an interval.
+    """
+    column = {round(level, 9): quantiles[:, place] for place, level in enumerate(levels)}
+    lows = [level for level in column if level < 0.5 and round(1 - level, 9) in column]
+    if 0.5 not in column or not lows:
+        return float("nan")
+    total = 0.5 * np.abs(y - column[0.5])
+    for low in lows:
+        total = total + low * interval_score(y, column[low], column[round(1 - low, 9)], 1 - 2 * low)
+    return float(np.mean(total) / (len(lows) + 0.5))
+
+
+def pit_histogram(y: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> pd.DataFrame:
+    """Where outcomes fall among the (N, Q) quantiles: the probability integral transform in bins between the levels.
+
+    An outcome on a border, as of a price that did not move, counts half for each side.
 
     Returns:
-        The average over cutoffs with at least `MIN_TICKERS` rows where neither side is constant; NaN without any.
+        Table `lower, upper, expected, share`, one row for each of the Q + 1 bins; of a calibrated forecast both shares
+        are equal.
     """
-    table = pd.DataFrame({"y": y, "mean": mean, "cutoff": cutoff})
-    table = table[table.groupby("cutoff")["y"].transform("size") >= MIN_TICKERS]
-    ranks = table.groupby("cutoff")[["y", "mean"]].rank()
-    ranks -= ranks.groupby(table["cutoff"]).transform("mean")
-    products = pd.DataFrame({"xy": ranks["y"] * ranks["mean"], "xx": ranks["y"] ** 2, "yy": ranks["mean"] ** 2})
-    sums = products.groupby(table["cutoff"]).sum()
-    # A constant side gives 0/0, NaN, which the mean leaves out.
-    return float((sums["xy"] / np.sqrt(sums["xx"] * sums["yy"])).mean())
+    below, upto = (np.sum(side, axis=1) for side in (quantiles < y[:, None], quantiles <= y[:, None]))
+    counts = sum(np.bincount(place, minlength=len(levels) + 1) for place in (below, upto)) / 2
+    edges = np.array([0.0, *levels, 1.0])
+    return pd.DataFrame(
+        {"lower": edges[:-1], "upper": edges[1:], "expected": np.diff(edges), "share": counts / len(y)}
+    )
 
 
 def add_outcomes(forecasts: pd.DataFrame, prices: pd.DataFrame) -> pd.DataFrame:
@@ -97,31 +148,79 @@ def add_outcomes(forecasts: pd.DataFrame, prices: pd.DataFrame) -> pd.DataFrame:
     return forecasts.assign(y=np.log(end / start))
 
 
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
 def score(forecasts: pd.DataFrame) -> pd.DataFrame:
     """Scores a forecast table on its rows with finite `y`, the model beside every baseline.
+
+    Errors and scores are in log-returns (mse squared), shares and correlations unscaled. `_se` is a standard error and
+    `_t` a t statistic, both of the series by date (see `inference.py`); NaN where a metric is undefined.
+
+    - mse_skill is over zero (Campbell & Thompson's R² out of sample), crps_skill over ewma.
+    - direction_low, direction_high: Wilson's interval for as many independent rows as the standard error by date
+      stands for, direction_n; direction_accuracy_t is of the covariance of signs: always saying up counts for nothing.
+    - icir: mean of the rank correlations over their standard deviation, of dates.
+    - dm_mse_t, dm_crps_t and their p: Diebold and Mariano's test of the model against the baseline of the column;
+      positive where the model is better.
 
     Args:
         forecasts: forecast table with `y` and the baseline columns of `add_baselines`.
 
     Returns:
-        Tidy table `horizon, metric, model, zero, drift, ewma`, one row per horizon and metric. Errors and scores are
-        in log-returns (mse squared), shares and correlations unscaled; NaN where a metric is undefined.
+        Tidy table `horizon, metric, model, zero, drift, last, ewma, …`, one row per horizon and metric.
 
     Raises:
         ValueError: a column is missing, no row has a finite y, or a scored row has a forecast that is not finite.
     """
-    columns = _forecast_columns(quantile_levels(forecasts))
-    require_columns(forecasts, ["ticker", "cutoff", "horizon", "y", *columns])
+    known, names = _known(forecasts)
+    tables = [_score_horizon(rows, names).assign(horizon=horizon) for horizon, rows in known.groupby("horizon")]
+    return pd.concat(tables, ignore_index=True)[["horizon", "metric", "model", *names]]
+
+
+def score_by(forecasts: pd.DataFrame, by: str) -> pd.DataFrame:
+    """As `score`, for each "year" of the cutoffs, volatility "regime" or "ticker"; that is the first column.
+
+    The regime of a cutoff is how wide `ewma` was then, as the median over its tickers at the shortest horizon: a third
+    of the cutoffs each are calm, normal and wild.
+    """
+    if by not in _GROUPS:
+        raise ValueError(f"by must be one of {', '.join(_GROUPS)}, got {by!r}")
+    known, _ = _known(forecasts)
+    groups = known.groupby(_GROUPS[by](known).rename(by), observed=True)
+    return pd.concat({key: score(rows) for key, rows in groups}, names=[by]).reset_index(by).reset_index(drop=True)
+
+
+def _regime(forecasts: pd.DataFrame) -> pd.Series:
+    lowest, *_, highest = quantile_columns(quantile_levels(forecasts), "ewma_")
+    shortest = forecasts["horizon"] == forecasts["horizon"].min()
+    width = (forecasts[highest] - forecasts[lowest])[shortest].groupby(forecasts["cutoff"]).median()
+    third = np.ceil(width.rank(method="first") / len(width) * len(REGIMES)).astype(int) - 1
+    regime = pd.Series(pd.Categorical.from_codes(third, REGIMES, ordered=True), width.index)
+    return forecasts["cutoff"].map(regime)
+
+
+_GROUPS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "year": lambda forecasts: forecasts["cutoff"].dt.year,
+    "regime": _regime,
+    "ticker": lambda forecasts: forecasts["ticker"],
+}
+
+
+def _known(forecasts: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows with an outcome, and the names of the baselines beside the model."""
+    names = baselines_of(forecasts)
+    columns = _forecast_columns(quantile_levels(forecasts), names)
+    require_columns(forecasts, ["ticker", "cutoff", "horizon", "y", *columns, "naive_error"])
     known = forecasts[np.isfinite(forecasts["y"])]
     if known.empty:
         raise ValueError(f"nothing to score: none of the {len(forecasts)} forecasts has a realised return y yet")
     _refuse_not_finite(known, columns)
-    tables = [_score_horizon(rows).assign(horizon=horizon) for horizon, rows in known.groupby("horizon")]
-    return pd.concat(tables, ignore_index=True)[["horizon", "metric", "model", *BASELINES]]
+    return known, names
 
 
-def _forecast_columns(levels: list[float]) -> list[str]:
-    prefixes = ["", *(f"{name}_" for name in BASELINES)]
+def _forecast_columns(levels: list[float], names: list[str]) -> list[str]:
+    prefixes = ["", *(f"{name}_" for name in names)]
     return [column for prefix in prefixes for column in (f"{prefix}mean", *quantile_columns(levels, prefix))]
 
 
@@ -137,68 +236,137 @@ def _refuse_not_finite(known: pd.DataFrame, columns: list[str]) -> None:
         )
 
 
-def _score_horizon(rows: pd.DataFrame) -> pd.DataFrame:
-    """Table `metric, model, zero, drift, ewma` of the rows of one horizon."""
-    scores = pd.DataFrame(
-        {"model": _score_one(rows, ""), **{name: _score_one(rows, f"{name}_") for name in BASELINES}}
-    )
-    scores.loc["crps_skill"] = [crps_skill(value, scores.at["crps", "ewma"]) for value in scores.loc["crps"]]
+def _score_horizon(rows: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Table `metric, model, zero, …` of the rows of one horizon."""
+    horizon, dates = int(rows["horizon"].iloc[0]), date_codes(rows["cutoff"].to_numpy())
+    prefixes = {"model": "", **{name: f"{name}_" for name in names}}
+    scores = pd.DataFrame({name: _score_one(rows, prefix, dates) for name, prefix in prefixes.items()})
+    losses = {name: _losses(rows, prefix) for name, prefix in prefixes.items()}
+    for loss, reference in (("mse", "zero"), ("crps", "ewma")):
+        skills = [skill_with_error(one[loss], losses[reference][loss], dates, horizon) for one in losses.values()]
+        scores.loc[f"{loss}_skill"], scores.loc[f"{loss}_skill_se"] = zip(*skills, strict=True)
+        tests = [diebold_mariano(losses["model"][loss], one[loss], dates, horizon) for one in losses.values()]
+        scores.loc[f"dm_{loss}_t"], scores.loc[f"dm_{loss}_p"] = zip(*tests, strict=True)
     return scores.rename_axis("metric").reset_index()
 
 
-def _score_one(rows: pd.DataFrame, prefix: str) -> dict[str, float]:
-    """Every metric of one forecaster, whose columns start with `prefix`."""
-    levels = np.array(quantile_levels(rows))
+def _losses(rows: pd.DataFrame, prefix: str) -> dict[str, np.ndarray]:
+    levels, y = np.array(quantile_levels(rows)), rows["y"].to_numpy()
+    quantiles = rows[quantile_columns(levels, prefix)].to_numpy()
+    return {
+        "mse": (y - rows[f"{prefix}mean"].to_numpy()) ** 2,
+        "crps": 2 * pinball_of_rows(y, quantiles, levels),
+    }
+
+
+def _score_one(rows: pd.DataFrame, prefix: str, dates: np.ndarray) -> dict[str, float]:
+    """Every metric of one forecaster, whose columns start with `prefix`, by itself."""
+    levels, horizon = np.array(quantile_levels(rows)), int(rows["horizon"].iloc[0])
     y, mean = rows["y"].to_numpy(), rows[f"{prefix}mean"].to_numpy()
     quantiles = rows[quantile_columns(levels, prefix)].to_numpy()
-    interval = quantile_columns([0.05, 0.95], prefix)
     return {
         "n": float(len(y)),
+        "dates": float(dates.max() + 1),
         "mse": mse(y, mean),
         "rmse": rmse(y, mean),
         "mae": mae(y, mean),
-        "direction_accuracy": direction_accuracy(y, mean),
-        "direction_base_rate": direction_base_rate(y),
+        "mase": mase(y, mean, rows["naive_error"].to_numpy()),
+        **_direction(y, mean, dates, horizon),
         "pinball": pinball(y, quantiles, levels),
         "crps": crps(y, quantiles, levels),
-        "coverage_90": coverage(y, *rows[interval].to_numpy().T) if set(interval) <= set(rows) else float("nan"),
-        "rank_ic": rank_ic(y, mean, rows["cutoff"].to_numpy()),
+        "wis": weighted_interval_score(y, quantiles, levels),
+        **_coverages(y, rows, prefix, dates, horizon),
+        **_ranking(rows, mean, horizon),
     }
+
+
+def _direction(y: np.ndarray, mean: np.ndarray, dates: np.ndarray, horizon: int) -> dict[str, float]:
+    accuracy, moved = direction_accuracy(y, mean), y != 0
+    found = {
+        "direction_accuracy": accuracy,
+        "direction_base_rate": direction_base_rate(y),
+        "direction_up_rate": float(np.mean(y[moved] > 0)) if moved.any() else float("nan"),
+        **dict.fromkeys(("direction_n", "direction_low", "direction_high", "direction_accuracy_t"), float("nan")),
+    }
+    if np.isfinite(accuracy):
+        y, mean, dates = y[moved], mean[moved], date_codes(dates[moved])
+        hits, error = mean_with_error((np.sign(mean) == np.sign(y)).astype(float), dates, horizon)
+        count = effective_count(hits, error, len(y))
+        found["direction_n"] = count
+        found["direction_low"], found["direction_high"] = wilson_interval(hits, count)
+        found["direction_accuracy_t"] = direction_t(y, mean, dates, horizon)
+    return found
+
+
+def _coverages(y: np.ndarray, rows: pd.DataFrame, prefix: str, dates: np.ndarray, horizon: int) -> dict[str, float]:
+    """Coverage of the central intervals that the levels have, and the standard error of the widest."""
+    found = {}
+    for percent in INTERVALS:
+        lower, upper = quantile_columns([(100 - percent) / 200, (100 + percent) / 200], prefix)
+        known = lower in rows and upper in rows
+        inside = (y >= rows[lower].to_numpy()) & (y <= rows[upper].to_numpy()) if known else np.full(len(y), np.nan)
+        found[f"coverage_{percent}"], error = mean_with_error(inside.astype(float), dates, horizon)
+    return {**found, f"coverage_{INTERVALS[-1]}_se": error}
+
+
+def _ranking(rows: pd.DataFrame, mean: np.ndarray, horizon: int) -> dict[str, float]:
+    y, cutoff, ticker = (rows[column].to_numpy() for column in ("y", "cutoff", "ticker"))
+    ranks = ic_by_date(y, mean, cutoff)
+    series = {"ic": ic_by_date(y, mean, cutoff, ranks=False), "rank_ic": ranks}
+    series["decile_spread"] = decile_spread_by_date(y, mean, cutoff)
+    found = {}
+    for name, values in series.items():
+        found[name] = float(values.mean())
+        found[f"{name}_t"] = t_value(found[name], standard_error(values.to_numpy(), horizon) if len(values) else 0.0)
+    return {**found, "icir": float(ranks.mean() / ranks.std()), "turnover": turnover(mean, cutoff, ticker)}
 
 
 # metric -> (label, factor, format): every log-return in the same unit, so that one line of text explains them all
 _FORMATS = {
     "mse": ("MSE (1e-4)", 1e4, ".3f"),
+    "mse_skill": ("MSE skill over zero (%)", 1e2, "+.2f"),
     "rmse": ("RMSE (1e-4)", 1e4, ".2f"),
     "mae": ("MAE (1e-4)", 1e4, ".2f"),
-    "pinball": ("pinball loss (1e-4)", 1e4, ".3f"),
+    "mase": ("MASE", 1, ".3f"),
     "crps": ("CRPS (1e-4)", 1e4, ".2f"),
     "crps_skill": ("CRPS skill over ewma (%)", 1e2, "+.2f"),
+    "coverage_50": ("coverage of 50 % interval (%)", 1e2, ".1f"),
     "coverage_90": ("coverage of 90 % interval (%)", 1e2, ".1f"),
     "direction_accuracy": ("direction accuracy (%)", 1e2, ".1f"),
     "direction_base_rate": ("direction base rate (%)", 1e2, ".1f"),
+    "ic": ("IC", 1, "+.3f"),
     "rank_ic": ("rank IC", 1, "+.3f"),
+    "icir": ("ICIR, of dates", 1, "+.2f"),
+    "decile_spread": ("decile spread (1e-4)", 1e4, "+.1f"),
+    "turnover": ("turnover from cutoff to cutoff (%)", 1e2, ".0f"),
+    "dm_mse_t": ("DM t of the model's MSE", 1, "+.1f"),
+    "dm_crps_t": ("DM t of the model's CRPS", 1, "+.1f"),
 }
+_NOTE = (
+    "Errors are in log-returns over the whole horizon, in units of 1e-4 (MSE: 1e-4 squared log-return). ± is one "
+    "standard error, in brackets stands a t statistic, both of the series by date (Newey-West). DM: Diebold-Mariano "
+    "test against the forecast of the column, positive where the model is better."
+)
 
 
 def format_scores(scores: pd.DataFrame) -> str:
     """The table of `score` for a person: per horizon a Markdown table, aligned for the terminal, a dash for NaN."""
-    blocks = ["Errors are in log-returns over the whole horizon, in units of 1e-4 (MSE: 1e-4 squared log-return)."]
+    blocks = [_NOTE]
     for horizon, rows in scores.groupby("horizon"):
-        values = rows.set_index("metric")
+        values = rows.set_index("metric").drop(columns="horizon")
         title = (
-            f"Horizon {horizon} trading day{'s' if horizon > 1 else ''} ({int(values.at['n', 'model']):,} forecasts)"
+            f"Horizon {horizon} trading day{'s' if horizon > 1 else ''} ({int(values.at['n', 'model']):,} forecasts "
+            f"from {int(values.at['dates', 'model']):,} dates)"
         )
         blocks.append(f"{title}\n\n{_markdown(values)}")
     return "\n\n".join(blocks)
 
 
 def _markdown(values: pd.DataFrame) -> str:
-    names = ["model", *BASELINES]
+    names = list(values.columns)
     cells = [["metric", *names]]
     for metric, (label, factor, spec) in _FORMATS.items():
-        numbers = (values.at[metric, name] * factor for name in names)
-        cells.append([label, *("\N{EN DASH}" if np.isnan(number) else format(number, spec) for number in numbers)])
+        cells.append([label, *(_cell(values[name], metric, factor, spec) for name in names)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [f"|{'-' * (widths[0] + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"]
     lines = [
@@ -208,3 +376,13 @@ def _markdown(values: pd.DataFrame) -> str:
         for row in cells
     ]
     return "\n".join(lines[:1] + rule + lines[1:])
+
+
+def _cell(values: pd.Series, metric: str, factor: float, spec: str) -> str:
+    """A number with its standard error or its t statistic, where it has one."""
+    number, error, t = (values.get(f"{metric}{suffix}", np.nan) for suffix in ("", "_se", "_t"))
+    if np.isnan(number):
+        return "\N{EN DASH}"
+    text = format(number * factor, spec)
+    text += f" ± {error * factor:{spec.lstrip('+')}}" if error > 0 else ""
+    return text + (f" ({t:+.1f})" if np.isfinite(t) else "")

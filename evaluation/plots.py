@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from spaceexploreai.evaluation.baselines import quantile_columns, require_columns
 
@@ -188,3 +189,34 @@ def _draw_scatter(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_ylabel("realised log-return (%)")
     axes.legend(loc="upper left", fontsize=9)
     axes.grid(alpha=0.25)
+
+
+def plot_equity(equity: pd.DataFrame, title: str = "") -> Figure:
+    """Draws equity curves on a logarithmic scale, and how far each is below its highest so far.
+
+    Args:
+        equity: by date, a column for each portfolio; at most four, the first of them drawn as the model.
+    """
+    figure = Figure(figsize=(10, 7), dpi=DPI, layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    styles = ((MODEL, "-", 2.0), (NAIVE, "--", 1.4), (INK, ":", 1.4), ("0.5", "-.", 1.4))
+    for name, (color, line, width) in zip(equity, styles, strict=False):
+        curve, style = equity[name], {"color": color, "linestyle": line, "linewidth": width}
+        label = f"{name.replace('_', ' ')}: {curve.iloc[-1] / curve.iloc[0] - 1:+.1%}"
+        upper.plot(curve.index, curve, label=label, **style)
+        lower.plot(curve.index, 100 * (curve / curve.cummax() - 1), **style)
+    upper.set_yscale("log")
+    upper.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    upper.yaxis.set_major_formatter("{x:g}")
+    upper.yaxis.set_minor_locator(NullLocator())
+    upper.set_ylabel("equity, of 1 (log scale)")
+    lower.set_ylabel("drawdown (%)")
+    for axes in (upper, lower):
+        axes.margins(x=0.01)
+        axes.grid(alpha=0.25)
+    locator = AutoDateLocator()
+    lower.xaxis.set_major_locator(locator)
+    lower.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    upper.legend(loc="upper left", fontsize=9)
+    upper.set_title(title)
+    return figure

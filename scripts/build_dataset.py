@@ -32,7 +32,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from spaceexploreai.data.cleaning import CleaningReport
 from spaceexploreai.data.cluster import build_folder, connect, write_file
-from spaceexploreai.data.download import read_tickers_file, read_universe
+from spaceexploreai.data.download import universe_tickers
 from spaceexploreai.data.stocks import (
     HISTORY,
     METADATA_NAME,
@@ -40,12 +40,10 @@ from spaceexploreai.data.stocks import (
     TICKERS_PER_BATCH,
     Stocks,
     StocksConfig,
-    sampled_pairs,
 )
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.train.arguments import command, make_parser
-from spaceexploreai.train.sampling import ModelPaths
 
 # A file of series of 20 years and 64 features then has some 60 MB, and one of windows the windows of its tickers.
 TICKERS_PER_FILE = 64
@@ -81,8 +79,8 @@ PITFALLS = """\
 - **beta sharpens.** The optimum is reference · (realised/rejected)^(1/beta): at TRL's default of 0.1 the forecast
   becomes far too narrow even for perfect pairs. Take beta 0.5 to 1, or keep a supervised term:
   `loss_type=["sigmoid", "sft"]`.
-- **Rejected paths** are {rejected}.
-  Take one sample, never the worst of several, which teaches a model to be narrow.
+- **What is preferred.** {pairs}.
+  Never prefer anything to the worst of several, which teaches a model to be narrow.
 - **The margin filter** drops pairs whose ends lie close, so days with large moves are over-represented.
 - **Rising reward margins and accuracies are no forecast quality.** Choose by CRPS, coverage and rank correlation on
   the validation range of `sft`, beside supervised training for as many steps and pairs with randomised labels.
@@ -91,7 +89,7 @@ PITFALLS = """\
 CARD = """\
 # Stocks: windows and preference pairs
 
-Made by `scripts/build_dataset.py` of SpaceExploreAI from {source}.
+Made by `scripts/{script}` of SpaceExploreAI from {source}.
 
 | configuration | split | rows | dates |
 |---|---|---|---|
@@ -140,7 +138,6 @@ def make_build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/stocks"), help="default: %(default)s")
     parser.add_argument("--extractor", help="checkpoint whose features and statistics to keep; default: new ones")
     parser.add_argument("--universe", help="make pairs of nasdaq100, sp500, dow30 or the tickers of a text file alone")
-    parser.add_argument("--reference", help="causal language model that the rejected paths are sampled from")
     parser.add_argument("--horizons", help="comma-separated steps ahead; default: 1,2,5,10")
     for name in SIMPLE_OPTIONS:
         default = getattr(StocksConfig, name)
@@ -160,11 +157,7 @@ def dataset_options(args: argparse.Namespace) -> dict:
     if args.horizons is not None:
         options["horizons"] = parse_horizons(args.horizons)
     if args.universe is not None:
-        is_file = Path(args.universe).is_file()
-        tickers = read_tickers_file(args.universe) if is_file else read_universe(args.universe)["tickers"]
-        options["pair_tickers"] = ",".join(tickers)
-    if args.reference is not None:  # the pairs must look to the model as what it was trained on
-        options["extractor"] = args.reference
+        options["pair_tickers"] = universe_tickers(args.universe)
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -178,33 +171,35 @@ def parse_horizons(text: str) -> tuple[int, ...]:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def build(
-    names: tuple[str, ...], options: dict, num_proc: int | None = None, reference: str | None = None
-) -> dict[str, Stocks]:
-    """Builders of the configurations, prepared but for pairs that a model is to sample."""
+def build(names: tuple[str, ...], options: dict, num_proc: int | None = None) -> dict[str, Stocks]:
+    """Builders of the configurations, prepared."""
     builders = {}
     for name in names:
         given = {key: value for key, value in options.items() if key in READS[name]}
         builders[name] = Stocks(config_name=name, **given)
-        if name == "dpo" and reference is not None:
-            continue
         builders[name].download_and_prepare(num_proc=num_proc)
         print(f"prepared {name} in {builders[name].cache_dir}", flush=True)
     return builders
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], config: StocksConfig, licence: str) -> None:
-    """Writes all files of a published dataset, whole or not at all.
+def write_folder(folder: Path, fill: Callable[[Path], None], config: StocksConfig, licence: str | None) -> None:
+    """Writes all files of a published dataset, whole or not at all, and prints what they hold.
 
     Args:
         fill: writes all but the card into a folder.
         config: with the options of all configurations.
+        licence: sentence about that of the prices.
     """
+    licence = licence or (SAMPLE_LICENCE if config.prices is None else UNKNOWN_LICENCE)
     with whole_folder(folder) as temporary:
         fill(temporary)
         metadata = {**read_metadata(temporary), "fingerprint": fingerprint_of(temporary)}
         (temporary / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(write_card(temporary, config, licence), encoding="utf-8")
+    print(CleaningReport.from_dict(metadata["cleaning"]), file=sys.stderr)
+    for line in count_rows(folder):
+        print(line.strip("| ").replace(" | ", "  "))
+    print(f"wrote {folder}")
 
 
 def fill_by_cluster(cluster: str, config: StocksConfig, names: tuple[str, ...], folder: Path) -> None:
@@ -212,15 +207,22 @@ def fill_by_cluster(cluster: str, config: StocksConfig, names: tuple[str, ...], 
         build_folder(client, config, names, folder, TICKERS_PER_FILE)
 
 
-def fill_from_cache(builders: dict[str, Stocks], reference: str | None, folder: Path) -> None:
+def fill_from_cache(builders: dict[str, Stocks], folder: Path) -> None:
     series = builders["series"]
     for name, builder in builders.items():
-        sampled = name == "dpo" and reference is not None
-        datasets = pairs_of_model(builder, reference) if sampled else builder.as_dataset()
-        for split, dataset in datasets.items():
-            write_shards(dataset, folder / name, split, len(series.series))
-    metadata = series.metadata | ({} if reference is None else {"reference": reference})
-    (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        write_splits(builder.as_dataset(), folder / name, len(series.series))
+    write_beside(series, folder)
+
+
+def write_splits(datasets: dict[str, Dataset], folder: Path, tickers: int) -> None:
+    for split, dataset in datasets.items():
+        write_shards(dataset, folder, split, tickers)
+
+
+def write_beside(series: Stocks, folder: Path, **metadata) -> None:
+    """What a folder says of its datasets, and the statistics that they were normalised by."""
+    content = {**series.metadata, **metadata}
+    (folder / METADATA_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     series.extractor.to_json_file(folder / "preprocessor_config.json")
 
 
@@ -231,17 +233,6 @@ def fingerprint_of(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def pairs_of_model(builder: Stocks, reference: str) -> dict[str, Dataset]:
-    """Preference pairs whose rejected paths are the reference model's, of the dates that it was trained on."""
-    paths = ModelPaths.from_pretrained(reference, builder.extractor.context_length, builder.config.seed)
-    end, cutoff = builder.metadata["splits"]["train"][1], paths.model.config.train_cutoff
-    if cutoff is not None and cutoff < end:
-        raise ValueError(
-            f"{reference} was trained to {cutoff}, and pairs are made to {end}: align it on what it knows"
-        )
-    return sampled_pairs(builder, paths)
 
 
 @contextmanager
@@ -285,7 +276,9 @@ def write_shards(dataset: Dataset, folder: Path, split: str, tickers: int) -> No
 def write_card(folder: Path, config: StocksConfig, licence: str) -> str:
     extractor = SpaceExploreFeatureExtractor.from_pretrained(folder)
     names = tuple(name for name in SPLITS if (folder / name).is_dir())
+    sampling = read_metadata(folder).get("sampling")
     body = CARD.format(
+        script="build_dataset.py" if sampling is None else "build_preferences.py",
         source="the embedded sample" if config.prices is None else f"`{Path(config.prices).name}`",
         table="\n".join(count_rows(folder)),
         contents="\n".join(f"- `{name}`: {CONTENTS[name]}." for name in names),
@@ -296,19 +289,26 @@ def write_card(folder: Path, config: StocksConfig, licence: str) -> str:
         target=config.target,
         dpo=f"Pairs are at least {config.margin:g}·scale·√H apart." if "dpo" in names else "",
         batch=TICKERS_PER_BATCH,
-        pitfalls=PITFALLS.format(rejected=describe_rejected(read_metadata(folder).get("reference"))),
+        pitfalls=PITFALLS.format(pairs=describe_pairs(sampling)),
         licence=licence,
     )
     head = yaml.safe_dump(card_metadata(names, read_metadata(folder)["fingerprint"]), sort_keys=False)
     return f"---\n{head}---\n\n{body}"
 
 
-def describe_rejected(reference: str | None) -> str:
-    if reference is not None:
-        return f"one sample each of the causal language model `{reference}`: it learns what its own paths lack"
+def describe_pairs(sampling: dict | None) -> str:
+    """What is preferred to what; `sampling` is of `scripts/build_preferences.py`."""
+    if sampling is None:
+        return (
+            "The realised path is preferred to one that is resampled from the same ticker's earlier days, in\n"
+            "  weekly blocks: a model learns what its context adds to those. The samples of\n"
+            "  `scripts/build_preferences.py` are a model's own, and closer to it"
+        )
+    preferred = {"realised": "The realised path", "best": "The best sample"}[sampling["chosen"]]
     return (
-        "resampled from the same ticker's earlier days, one a pair, in weekly blocks: a model learns what its\n"
-        "  context adds to those. `--reference MODEL` takes a model's own samples, which are closer to it"
+        f"{preferred} is preferred to the sample of median rank\n"
+        f"  among {sampling['num_samples']} of the causal language model `{sampling['model']}`, seed "
+        f"{sampling['seed']}, by the score of\n  `data/preferences.py`"
     )
 
 
@@ -401,18 +401,11 @@ def main(argv: list[str] | None = None) -> None:
     names = ("series", *(("sft", "dpo") if args.config == "all" else (args.config,)))
     options = dataset_options(args)
     config = StocksConfig(**options)
-    if args.cluster is not None and args.reference is not None:
-        raise ValueError(f"--reference {args.reference} samples in one process, not on the cluster {args.cluster}")
     if args.cluster is not None:
         fill = partial(fill_by_cluster, args.cluster, config, names[1:])
     else:
-        fill = partial(fill_from_cache, build(names, options, args.num_proc, args.reference), args.reference)
-    licence = args.licence or (SAMPLE_LICENCE if args.prices is None else UNKNOWN_LICENCE)
-    write_folder(args.output_dir, fill, config, licence)
-    print(CleaningReport.from_dict(read_metadata(args.output_dir)["cleaning"]), file=sys.stderr)
-    for line in count_rows(args.output_dir):
-        print(line.strip("| ").replace(" | ", "  "))
-    print(f"wrote {args.output_dir}")
+        fill = partial(fill_from_cache, build(names, options, args.num_proc))
+    write_folder(args.output_dir, fill, config, args.licence)
     if args.push_to_hub is not None:
         print(f"pushed to {push(args.output_dir, args.push_to_hub, args.private)}")
 

@@ -65,3 +65,12 @@ def checkpoint(tmp_path_factory, market) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(train(parse_run(tiny_run(folder, "--prices", str(market)))), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory, market) -> Path:
+    """A checkpoint folder of a causal language model after a few steps on the synthetic market."""
+    folder = tmp_path_factory.mktemp("language_model")
+    run = tiny_run(folder, "--prices", str(market), "--task", "causal_lm", "--learning_rate", "2e-3")
+    save_checkpoint(train(parse_run([*run, "--max_steps", "12"])), folder)
+    return folder

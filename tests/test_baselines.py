@@ -1,5 +1,7 @@
 """The naive forecasts against closed forms, SciPy and plain loops; causal, in the caller's row order."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -9,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from spaceexploreai.evaluation import baselines
 from spaceexploreai.evaluation.baselines import (
     BASELINES,
     MIN_POOL,
+    Training,
     add_baselines,
     quantile_columns,
     quantile_levels,
@@ -68,7 +72,8 @@ def naive_columns(name: str) -> list[str]:
 def test_columns_and_row_order_are_the_callers():
     shuffled = FORECASTS.sample(frac=1, random_state=0)
     table = add_baselines(shuffled, PRICES)
-    expected = [*FORECASTS.columns, *(column for name in BASELINES for column in naive_columns(name))]
+    naive = [column for name in BASELINES for column in naive_columns(name)]
+    expected = [*FORECASTS.columns, "naive_error", *naive]
     assert list(table.columns) == expected
     pd.testing.assert_frame_equal(table[list(FORECASTS.columns)], shuffled)
     pd.testing.assert_frame_equal(table.sort_index(), TABLE)
@@ -97,6 +102,43 @@ def test_drift_is_the_random_walk_with_drift(row):
     np.testing.assert_allclose(values[naive_columns("drift")].astype(float), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("row", [0, 137, len(FORECASTS) - 1])
+def test_last_is_the_same_move_again(row):
+    values = TABLE.iloc[row]
+    returns = log_returns_until(values.ticker, values.cutoff)
+    mean, sd = returns[-values.horizon :].sum(), np.sqrt(2 * values.horizon * np.mean(returns**2))
+    expected = [mean, *norm.ppf(LEVELS, mean, sd), norm.sf(0, mean, sd)]
+    np.testing.assert_allclose(values[naive_columns("last")].astype(float), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_last_of_too_few_returns_is_their_mean():
+    table = make_forecasts(["AAA"], [DATES[21]]).assign(horizon=[1, 2, 40])
+    returns = log_returns_until("AAA", DATES[21])
+    expected = [returns[-1], returns[-2:].sum(), 40 * returns.mean()]
+    np.testing.assert_allclose(add_baselines(table, PRICES)["last_mean"], expected, rtol=1e-8)
+
+
+def test_last_expects_the_error_that_it_has():
+    """Of a random walk it is sqrt(2) times that of zero: its interval covers as many outcomes."""
+    closes = {f"T{which:02}": walk(which) for which in range(60)}
+    prices = make_prices(closes)
+    table = add_baselines(make_forecasts(list(closes), DATES[100:140:10]), prices)
+    for horizon, rows in table.groupby("horizon"):
+        y = [
+            np.log(closes[row.ticker][at + horizon] / closes[row.ticker][at])
+            for row in rows.itertuples()
+            for at in [DATES.get_loc(row.cutoff)]
+        ]
+        inside = (y >= rows["last_q0.05"]) & (y <= rows["last_q0.95"])
+        assert inside.mean() == pytest.approx(0.9, abs=0.06)
+
+
+def test_naive_error_is_the_mean_size_of_the_returns_so_far():
+    for row in (0, 137, len(FORECASTS) - 1):
+        returns = log_returns_until(TABLE.iloc[row]["ticker"], TABLE.iloc[row]["cutoff"])
+        assert TABLE.iloc[row]["naive_error"] == pytest.approx(np.abs(returns).mean())
+
+
 def standardised_pool(horizon: int, first_cutoff: pd.Timestamp) -> list[float]:
     """The scalar twin: every pair of every ticker, one by one."""
     pool = []
@@ -122,7 +164,7 @@ def test_the_pool_is_that_of_the_first_cutoff_for_every_row():
     """Whichever ticker has it, and wherever it stands in the table."""
     late = FORECASTS[FORECASTS["cutoff"] >= DATES[120]]
     alone = add_baselines(late, PRICES)
-    not_pooled = [column for name in ("zero", "drift") for column in naive_columns(name)]
+    not_pooled = [column for name in ("zero", "drift", "last") for column in naive_columns(name)]
     pd.testing.assert_frame_equal(alone[not_pooled], TABLE.loc[late.index, not_pooled], check_exact=True)
     assert (alone["ewma_mean"] != TABLE.loc[late.index, "ewma_mean"]).all()
     first = (FORECASTS["ticker"] == "CCC") & (FORECASTS["cutoff"] == FIRST_CUTOFF)
@@ -230,3 +272,42 @@ def test_a_pool_of_the_minimum_is_empirical_horizon_by_horizon():
 def test_a_missing_column_is_named():
     with pytest.raises(ValueError, match="no column 'cutoff'"):
         add_baselines(FORECASTS.drop(columns="cutoff"), PRICES)
+
+
+def test_an_unknown_set_of_baselines_is_refused():
+    with pytest.raises(ValueError, match="baselines must be fast or all, got 'some'"):
+        add_baselines(FORECASTS, PRICES, "some")
+
+
+def test_all_need_a_training():
+    with pytest.raises(ValueError, match="need the histories and labels of a training range"):
+        add_baselines(FORECASTS, PRICES, "all")
+
+
+@pytest.mark.parametrize("missing", ["arch", "lightgbm", "sklearn"])
+def test_a_missing_package_is_named_with_its_extra(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    training = Training(DATES[100], [], [], HORIZONS, 8)
+    with pytest.raises(ValueError, match=rf"the package {missing}: pip install 'spaceexploreai\[baselines\]'"):
+        add_baselines(FORECASTS, PRICES, "all", training)
+
+
+def test_fast_needs_none_of_the_packages():
+    """In a process of its own, since this one has imported them."""
+    blocked = "import sys; sys.modules |= dict.fromkeys(['arch', 'lightgbm', 'sklearn', 'scipy'], None)\n"
+    code = f"{blocked}from spaceexploreai.evaluation import baselines, metrics, classes, leaks, learned"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_class_forecasts_get_the_usual_levels():
+    table = FORECASTS[["ticker", "cutoff", "horizon"]].assign(p_down=0.2, p_flat=0.5, p_up=0.3)
+    table = add_baselines(table, PRICES)
+    assert quantile_columns(baselines.LEVELS, "ewma_") == [c for c in table if c.startswith("ewma_q")]
+    assert len(baselines.LEVELS) == 19
+    shared = quantile_columns(LEVELS, "ewma_")
+    pd.testing.assert_frame_equal(table[shared], TABLE[shared])
+
+
+def test_baselines_of_a_table_are_those_that_always_stand_there_and_others_that_do():
+    assert baselines.baselines_of(TABLE) == list(BASELINES)
+    assert baselines.baselines_of(TABLE.assign(dlinear_mean=0.0, garch_mean=0.0)) == [*BASELINES, "garch", "dlinear"]

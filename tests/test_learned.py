@@ -11,12 +11,14 @@ from conftest import make_market, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm, spearmanr
+from sklearn.linear_model import Ridge
 
 from spaceexploreai.benchmarks import learned_baselines as benchmark
 from spaceexploreai.data.prices import write_table
 from spaceexploreai.data.stocks import open_stocks
 from spaceexploreai.evaluation import learned
 from spaceexploreai.evaluation.baselines import add_baselines
+from spaceexploreai.evaluation.inference import standard_error
 from spaceexploreai.evaluation.learned import LEARNED, evenly_spaced, split_tail
 from spaceexploreai.scripts import build_dataset
 from spaceexploreai.train.arguments import parse_run
@@ -189,7 +191,7 @@ def test_no_label_of_what_is_fitted_touches_the_tail(dates, purge, seed):
 def seen(monkeypatch):
     """Rows that each fit got, and the first of them."""
     calls = []
-    fit, train = learned.Ridge.fit, lightgbm.train
+    fit, train = Ridge.fit, lightgbm.train
 
     def spy_on_ridge(model, features, targets):
         calls.append((len(features), features[0]))
@@ -200,7 +202,7 @@ def seen(monkeypatch):
         calls.append((dataset.num_data(), *(one.num_data() for one in valid_sets)))
         return booster
 
-    monkeypatch.setattr(learned.Ridge, "fit", spy_on_ridge)
+    monkeypatch.setattr(Ridge, "fit", spy_on_ridge)
     monkeypatch.setattr(lightgbm, "train", spy_on_trees)
     return calls
 
@@ -288,29 +290,6 @@ def test_a_target_that_is_not_known_is_refused(name, value):
 
 
 # --- the benchmark ---
-
-
-def weighted_sum(values, lags):
-    """Newey & West's variance of a mean, over all pairs of days."""
-    centred = values - values.mean()
-    distance = np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values))))
-    return centred @ (np.clip(1 - distance / (lags + 1), 0, None) @ centred) / len(values) ** 2
-
-
-@settings(max_examples=15, deadline=None)
-@given(count=st.integers(2, 150), seed=st.integers(0, 1000))
-def test_standard_error_is_newey_and_wests(count, seed):
-    values = np.random.default_rng(seed).normal(size=count).cumsum()
-    lags = min(int(np.ceil(1.3 * count**0.5)), count - 1)
-    assert benchmark.standard_error(values) == pytest.approx(weighted_sum(values, lags) ** 0.5)
-
-
-def test_standard_error_of_overlapping_days():
-    """A moving sum of 10 has a long-run standard deviation of 10 times that of its parts."""
-    noise = np.random.default_rng(0).normal(size=(200, 1009))
-    sums = np.lib.stride_tricks.sliding_window_view(noise, 10, axis=1).sum(axis=-1)
-    errors = np.array([benchmark.standard_error(one) for one in sums])
-    assert np.median(errors) == pytest.approx(sums.mean(axis=1).std(), rel=0.2)
 
 
 def days_of(crps, tickers):
@@ -453,7 +432,7 @@ def test_rank_ic_has_its_t():
     np.testing.assert_allclose(table["rank_ic"], each)
     value, t = benchmark.rank_ic_with_t(table)
     assert value == pytest.approx(np.mean(each))
-    assert t == pytest.approx(np.mean(each) / weighted_sum(np.array(each), 10) ** 0.5)
+    assert t == pytest.approx(np.mean(each) / standard_error(np.array(each)))
 
 
 def test_nothing_after_the_training_range_changes_a_fit(dataset, market, tmp_path):

@@ -206,3 +206,21 @@ def test_nothing_global_is_touched_and_nothing_written(tmp_path, monkeypatch):
     assert pyplot.get_fignums() == []
     assert dict(rcParams) == settings
     assert not any(tmp_path.iterdir())
+
+
+def test_plot_equity_draws_each_portfolio_and_what_it_lost():
+    index = pd.bdate_range("2022-01-03", periods=5)
+    equity = pd.DataFrame({"strategy": [1, 1.2, 0.9, 1.5, 1.2], "equal_weight": [2, 1, 2, 3, 3.0]}, index=index)
+    figure = plots.plot_equity(equity, "long, top 2")
+    upper, lower = figure.axes
+    assert upper.get_yscale() == "log"
+    assert upper.get_title() == "long, top 2"
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["strategy: +20.0%", "equal weight: +50.0%"]
+    for column, curve, lost in zip(equity, upper.get_lines(), lower.get_lines(), strict=True):
+        np.testing.assert_array_equal(curve.get_ydata(), equity[column])
+        assert curve.get_color() == lost.get_color()
+        assert curve.get_linestyle() == lost.get_linestyle()
+    np.testing.assert_allclose(lower.get_lines()[0].get_ydata(), [0, 0, -25, 0, -20])
+    np.testing.assert_allclose(lower.get_lines()[1].get_ydata(), [0, -50, 0, 0, 0])
+    assert len({line.get_linestyle() for line in upper.get_lines()}) == 2  # told apart in print
+    assert imread(saved(figure)).shape[:2] == (1050, 1500)

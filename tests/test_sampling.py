@@ -1,56 +1,128 @@
-"""Paths of a causal language model, and preference pairs that take them for rejected."""
+"""Paths of a causal language model: what is drawn is what it says, and how likely it takes what happened to be."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
 from datasets import load_dataset
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from transformers import set_seed
 
+from spaceexploreai.data.collators import PathCollator
 from spaceexploreai.data.prices import read_prices
 from spaceexploreai.data.stocks import open_stocks
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor
-from spaceexploreai.modeling_spaceexplore import SpaceExploreForCausalLM
 from spaceexploreai.scripts import build_dataset
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
-from spaceexploreai.train.arguments import parse_run
-from spaceexploreai.train.sampling import ModelPaths
-from spaceexploreai.train.sft import save_checkpoint, train
+from spaceexploreai.train.sampling import ModelPaths, fit_temperature
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, market):
-    folder = tmp_path_factory.mktemp("reference")
-    save_checkpoint(train(parse_run(tiny_run(folder, "--prices", str(market), "--task", "causal_lm"))), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def histories(reference, market):
+def histories(language_model, market):
     """One with masked steps in its context among two without."""
-    extractor = SpaceExploreFeatureExtractor.from_pretrained(reference)
+    extractor = SpaceExploreFeatureExtractor.from_pretrained(language_model)
     first, second, third = extractor.encode(read_prices(market))
     close, values = second.close.copy(), second.values.copy()
     close[-9:-6] = values[-9:-6] = np.nan
     return [first, second._replace(close=close, values=values), third]
 
 
-def test_paths_have_the_shape_and_the_size_of_returns(reference, histories):
-    paths = ModelPaths.from_pretrained(reference, 64)(histories, 5)
-    assert paths.shape == (3, 5)
+def test_paths_have_the_shape_and_the_size_of_returns(language_model, histories):
+    paths = ModelPaths.from_pretrained(language_model, 64, num_samples=4)(histories, 5)
+    assert paths.shape == (3, 4, 5)
     scale = np.array([one.scale[-1] for one in histories])
     centers = SpaceExploreTokenizer().centers
-    assert all(np.isclose(one, centers, rtol=1e-6).any() for one in (paths / scale[:, None]).ravel())
+    assert all(np.isclose(one, centers, rtol=1e-6).any() for one in (paths / scale[:, None, None]).ravel())
 
 
-def test_the_seed_decides_and_the_batch_does_not_matter_to_the_first_day(reference, histories):
-    one, again, other = (ModelPaths.from_pretrained(reference, 64, seed)(histories, 5) for seed in (3, 3, 4))
+def test_the_seed_decides(language_model, histories):
+    one, again, other = (ModelPaths.from_pretrained(language_model, 64, 2, seed)(histories, 5) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
+    assert not np.array_equal(one[:, 0], one[:, 1])
 
 
-def test_the_prompt_is_what_training_saw(reference, histories):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_of_a_history_are_those_of_generate(language_model, histories, temperature):
+    """The library reads the context once for each sample; read once for all of them, it must say the same."""
+    paths = ModelPaths.from_pretrained(language_model, 64, num_samples=5)
+    paths.temperature = temperature
+    set_seed(1)
+    found = paths(histories, 6)
+    set_seed(1)
+    tokens = paths.model.generate(
+        **paths._prompt(histories),
+        min_new_tokens=6,
+        max_new_tokens=6,
+        num_return_sequences=5,
+        do_sample=True,
+        temperature=temperature,
+        top_k=None,
+        top_p=None,
+        suppress_tokens=paths.tokenizer.suppress_tokens,
+    )[:, -6:]
+    scale = np.array([one.scale[-1] for one in histories], dtype=np.float64).repeat(5)
+    np.testing.assert_array_equal(found.reshape(15, 6), paths.tokenizer.decode_returns(tokens.numpy(), scale))
+
+
+def test_the_first_day_has_the_distribution_of_the_logits(language_model, histories):
+    """All of it: a library's default of the 50 likeliest tokens would cut the tails off."""
+    paths = ModelPaths.from_pretrained(language_model, 64, num_samples=20_000)
+    first = paths(histories[:1], 1)[0, :, 0]
+    counts = np.bincount(paths.tokenizer.encode_returns(first, histories[0].scale[-1]) - 5, minlength=256)
+    logits, _ = paths.logits(histories[:1], np.zeros((1, 1)))
+    expected = softmax(logits[0, 0].numpy().astype(np.float64)) * counts.sum()
+    # Pearson's statistic has as many degrees of freedom in expectation, and twice as many for a variance.
+    likely = expected > 5
+    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    assert likely.sum() > 100
+    assert statistic == pytest.approx(likely.sum(), abs=5 * np.sqrt(2 * likely.sum()))
+
+
+def test_what_a_model_says_of_a_path_is_what_it_was_trained_to_say(language_model, histories):
+    """The training loss of a batch with labels on its path alone, padded on the other side."""
+    paths = ModelPaths.from_pretrained(language_model, 64)
+    realised = np.random.default_rng(0).normal(0, 0.02, (3, 7))
+    logits, tokens = paths.logits(histories, realised)
+    log_likelihood = np.take_along_axis(log_softmax(logits.numpy(), axis=2), tokens.numpy()[..., None], axis=2)
+    for one, path, own in zip(histories, realised, log_likelihood, strict=True):
+        example = {
+            "past_values": one.values[-64:],
+            "attention_mask": one.traded[-64:],
+            "scale": one.scale[-64:],
+            "next_returns": np.full(64, -100.0),
+            "path": path,
+        }
+        batch = PathCollator(paths.tokenizer, 64, 9)([example])
+        with torch.no_grad():
+            every = log_softmax(paths.model(**batch).logits[0, :-1].numpy(), axis=1)
+        labels = batch["labels"][0, 1:].numpy()
+        known = labels != -100
+        # Of all tokens; the paths are of return tokens alone.
+        of_returns = np.log(np.exp(every[:, 5:]).sum(axis=1))
+        expected = every[np.flatnonzero(known), labels[known]] - of_returns[known]
+        np.testing.assert_allclose(own[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("true", [0.6, 1.7])
+def test_the_temperature_is_the_likeliest(true):
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (300, 4, 12))
+    chances = softmax(logits / true, axis=2).reshape(-1, 12)
+    tokens = np.array([generator.choice(12, p=one) for one in chances]).reshape(300, 4)
+
+    def loss(temperature: float) -> float:
+        return -np.take_along_axis(log_softmax(logits / temperature, axis=2), tokens[..., None], axis=2).mean()
+
+    expected = minimize_scalar(loss, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-8}).x
+    found = fit_temperature(torch.tensor(logits, dtype=torch.float), torch.tensor(tokens))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(true, rel=0.1)
+
+
+def test_the_prompt_is_what_training_saw(language_model, histories):
     """The first token's distribution against the network by hand, one history at a time and without padding."""
-    paths = ModelPaths.from_pretrained(reference, 64)
+    paths = ModelPaths.from_pretrained(language_model, 64)
     with torch.no_grad():
         together = paths.model(**paths._prompt(histories)).logits[:, -1]
         for row, one in enumerate(histories):
@@ -64,31 +136,7 @@ def test_the_prompt_is_what_training_saw(reference, histories):
             torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_pairs_of_a_model(reference, market, tmp_path):
-    options = ["--prices", str(market), "--config", "dpo", "--output-dir", str(tmp_path / "pairs")]
-    build_dataset.main([*options, "--reference", str(reference)])
-    build_dataset.main([*options[:-1], str(tmp_path / "resampled"), "--extractor", str(reference)])
-    ours, theirs = (load_dataset(str(tmp_path / name), "dpo") for name in ("pairs", "resampled"))
-    key = ["ticker", "date", "chosen", "prompt", "first", "last"]
-    both = {tuple(map(str, row)) for row in zip(*(theirs["train"][name] for name in key), strict=True)}
-    rows = [tuple(map(str, row)) for row in zip(*(ours["train"][name] for name in key), strict=True)]
-    assert len(set(rows) & both) > 20  # the margin drops others
-    assert ours["train"]["rejected"][:] != theirs["train"]["rejected"][:]
-    assert min(ours["train"]["margin"]) >= 0.5
-    assert "one sample each of the causal language model" in (tmp_path / "pairs" / "README.md").read_text()
-    cutoff = SpaceExploreForCausalLM.from_pretrained(reference).config.train_cutoff
-    assert max(str(day)[:10] for split in ours.values() for day in split["date"]) <= cutoff
-
-
-def test_a_model_is_not_aligned_on_dates_that_it_does_not_know(reference, market, tmp_path, capsys):
-    run = ["--prices", str(market), "--config", "dpo", "--output-dir", str(tmp_path / "pairs")]
-    with pytest.raises(SystemExit):
-        build_dataset.main([*run, "--reference", str(reference), "--validation-fraction", "0.05"])
-    assert "align it on what it knows" in capsys.readouterr().err
-    assert not (tmp_path / "pairs").exists()
-
-
-def test_placeholders_are_as_many_as_the_steps_of_the_context(reference, tmp_path, market):
+def test_placeholders_are_as_many_as_the_steps_of_the_context(language_model, tmp_path, market):
     """A halt within the context: the network takes a placeholder for each step that is not masked."""
     prices = read_prices(market)
     halted = prices["ticker"].eq("T1") & prices["date"].isin(prices["date"].unique()[[150, 151, 230]])

@@ -376,7 +376,7 @@ def make_history(steps: int, masked: list[int] = (), seed: int = 0) -> EncodedSe
 @given(st.integers(20, 60), st.integers(1, 12), st.integers(0, 1000))
 def test_resampled_paths_are_weeks_of_earlier_days_in_todays_volatility(steps, length, seed):
     history = make_history(steps, masked=[7, 8])
-    path = BlockBootstrap(seed)([history], length)[0]
+    path = BlockBootstrap(seed)([history], length)[0, 0]
     traded = [step for step in range(steps) if step not in (7, 8)]
     seen = [
         np.log(history.close[after] / history.close[before]) / history.scale[before]
@@ -404,7 +404,7 @@ def test_a_model_sees_the_past_once_and_close_samples_are_dropped():
         asked.append([len(history.close) for history in histories])
         assert all(len(column) == len(history.close) for history in histories for column in history[1:])
         unit = one.scale[origins] * np.sqrt(length) / length
-        return realised + (np.array([0.3, -0.7, 0.9]) * unit)[:, None]
+        return (realised + (np.array([0.3, -0.7, 0.9]) * unit)[:, None])[:, None]
 
     pairs = list(preference_pairs(one, origins, realised, sample_paths, SpaceExploreTokenizer(), 16, 0.5))
     assert asked == [[21, 31, 41]]

@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.train import sft
+from spaceexploreai.train import dpo, sft
 from spaceexploreai.train.trainer import SpaceExploreTrainer
 
 # Forked from a server that has imported once what would take each process seconds. (It does not find this module.)
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["spaceexploreai.train.sft", "torch.distributed.fsdp"])
+SERVER.set_forkserver_preload(["spaceexploreai.train.dpo", "spaceexploreai.train.sft", "torch.distributed.fsdp"])
 TIME_LIMIT = 300
 
 
@@ -79,6 +79,12 @@ def train(argv: list[str]) -> None:
     """The command without the report that it ends with, which takes longer than a few steps."""
     sft.write_report = lambda *_: None
     sft.main(argv)
+
+
+def align(argv: list[str]) -> None:
+    """The command without the scores that it ends with."""
+    dpo.measure_all, dpo.write_report = (lambda *_: None), (lambda *_: None)
+    dpo.main(argv)
 
 
 def train_apart(argv: list[str], folder: Path) -> None:

@@ -126,12 +126,16 @@ class Run(NamedTuple):
     training: TrainingArguments
 
 
-def parse_run(argv: Sequence[str] | None = None, objective: type[CommonArguments] = ObjectiveArguments) -> Run:
+def parse_run(
+    argv: Sequence[str] | None = None,
+    objective: type = ObjectiveArguments,
+    training: type[TrainingArguments] = TrainingArguments,
+) -> Run:
     """Reads `--config run.yaml` and the command line, which wins; a key that nobody reads is an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a YAML file")
-    parser = TrlParser((ModelArguments, DataArguments, objective, TrainingArguments))
+    parser = TrlParser((ModelArguments, DataArguments, objective, training))
     parser.error = _refuse
     run = Run(*parser.parse_args_and_config(argv))
     check_weights(run.model)

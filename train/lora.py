@@ -23,7 +23,18 @@ def read_fields(peft: dict | str) -> dict:
 
 
 def add_adapter(model: PreTrainedModel, peft: dict | str):
-    """The model with an adapter to train. Its head is trained whole: it is small, and may be new.
+    """The model with an adapter to train, see `adapter_config`."""
+    config = adapter_config(model, peft)
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"peft {read_fields(peft)}: {error}") from None
+
+
+def adapter_config(model: PreTrainedModel, peft: dict | str):
+    """PEFT's `LoraConfig` of an adapter. A head is trained whole: it is small, and may be new.
 
     Raises:
         ValueError: PEFT is not installed, or a field that LoraConfig does not know or refuses.
@@ -31,11 +42,11 @@ def add_adapter(model: PreTrainedModel, peft: dict | str):
     fields = read_fields(peft)
     if not is_peft_available():
         raise ValueError("peft is set but not installed: pip install 'spaceexploreai[lora]'")
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     heads = [name for name, _ in model.named_children() if name not in ("model", "lm_head")]  # one is tied
     try:
-        return get_peft_model(model, LoraConfig(**DEFAULTS | {"modules_to_save": heads} | fields))
+        return LoraConfig(**DEFAULTS | {"modules_to_save": heads} | fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft {fields}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from spaceexploreai.train.tasks import Regression, Task
 from spaceexploreai.train.trainer import SpaceExploreTrainer
 
 REPORT, CURVES = "report.md", "training.png"
+EXPERTS = {"share of the experts, 1 is balance": ("expert_load_max", "expert_load_min")}
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
 # Forecasts that are laid out beside the baselines. Of more, evenly spaced tickers, and all dates: on one of them all
 # tickers share a market.
@@ -47,7 +49,7 @@ Dates on which the checkpoint was chosen: {validation}. They flatter it; what it
 `scripts/evaluate.py`.
 
 {scores}
-
+{teacher}
 ## Training
 
 {effort}
@@ -67,10 +69,20 @@ READING = (
 )
 
 
-def write_report(trainer: SpaceExploreTrainer, task: Task, data: StockData, run: Run, folder: Path) -> None:
+def write_report(
+    trainer: SpaceExploreTrainer,
+    task: Task,
+    data: StockData,
+    run: Run,
+    folder: Path,
+    teacher: dict[str, float] | None = None,
+) -> None:
     """Scores the trained model on the validation windows; writes the report, its curves and the card to the folder.
 
     Every process must call it, since all of them take part in the scoring; the first one writes.
+
+    Args:
+        teacher: its metrics on the same windows, if there was one.
     """
     prediction = trainer.predict(task.validation, metric_key_prefix="eval")
     if not trainer.is_world_process_zero():
@@ -86,7 +98,8 @@ def write_report(trainer: SpaceExploreTrainer, task: Task, data: StockData, run:
         "reading": READING,
         "data": describe_data(data),
         "validation": " to ".join(f"{day:%Y-%m-%d}" for day in data.split.validation),
-        "scores": beside_baselines(task, prediction, data) or listed(prediction.metrics),
+        "scores": beside_baselines(task, prediction, data) or listed({"value": prediction.metrics}),
+        "teacher": "" if teacher is None else beside_teacher(run, prediction.metrics, teacher),
         "effort": describe_effort(trainer),
         "curves": CURVES,
         "options": yaml.safe_dump(own_options(run), sort_keys=False),
@@ -166,10 +179,20 @@ def closes(series: SeriesStore, tickers) -> pd.DataFrame:
     )
 
 
-def listed(metrics: dict[str, float]) -> str:
-    shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if "second" not in name}
-    rows = [f"| {name} | {value:.4g} |" for name, value in shown.items()]
-    return "\n".join(["| metric | value |", "|---|---:|", *rows])
+def listed(columns: dict[str, dict[str, float]]) -> str:
+    """A column for each set of metrics, by its title."""
+    first, rows = next(iter(columns.values())), []
+    for name in (name for name in first if not any(part in name for part in ("second", "runtime", "preparation"))):
+        values = " | ".join(f"{metrics.get(name, np.nan):.4g}" for metrics in columns.values())
+        rows.append(f"| {name.removeprefix('eval_')} | {values} |")
+    return "\n".join([f"| metric | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|", *rows])
+
+
+def beside_teacher(run: Run, student: dict[str, float], teacher: dict[str, float]) -> str:
+    taught = run.objective
+    heat = "" if taught.temperature is None else f" and temperature {taught.temperature:g}"
+    table = listed({"student": student, "teacher": teacher})
+    return f"\nTaught by `{taught.teacher}` with alpha {taught.alpha:g}{heat}. Its own metrics:\n\n{table}\n"
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -200,6 +223,10 @@ def peak_memory() -> float:
 def own_options(run: Run) -> dict:
     """What differs from the defaults, by the names that the YAML and the command line have."""
     default = TrainingArguments(output_dir=run.training.output_dir, report_to="none").to_dict()
+    plain = {one.name: one.default for one in fields(TrainingArguments)}
+    for one in fields(run.training):  # TRL's are more, and others
+        if one.name not in plain or one.default != plain[one.name]:
+            default[one.name] = one.default if one.default_factory is MISSING else one.default_factory()
     training = {name: value for name, value in run.training.to_dict().items() if default.get(name) != value}
     ours = {}
     for part in (run.model, run.data, run.objective):
@@ -208,13 +235,13 @@ def own_options(run: Run) -> dict:
     return json.loads(json.dumps({**ours, **training}, default=str))
 
 
-def plot_curves(history: list[dict]) -> Figure:
-    """Loss, learning rate, gradient norm and the experts' load by step."""
+def plot_curves(history: list[dict], last: dict[str, tuple[str, ...]] = EXPERTS) -> Figure:
+    """Loss, learning rate, gradient norm and a last panel by step; titles and the names of what is logged."""
     panels = {
         "loss": ("loss", "eval_loss"),
         "learning rate": ("learning_rate",),
         "gradient norm": ("grad_norm",),
-        "share of the experts, 1 is balance": ("expert_load_max", "expert_load_min"),
+        **last,
     }
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
