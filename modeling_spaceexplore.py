@@ -1087,6 +1087,9 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
         if self.generation_config.suppress_tokens is None:
             # A generated placeholder would ask for a time step that there is not.
             self.generation_config.suppress_tokens = [self.config.ts_token_id]
+        if self.generation_config.top_k is None:
+            # A path is a sample, the likeliest one never moves; and the library's 50 would cut the tails off.
+            self.generation_config.update(do_sample=True, top_k=0)
 
     @can_return_tuple
     @auto_docstring
@@ -1123,7 +1126,7 @@ class SpaceExploreForCausalLM(SpaceExplorePreTrainedModel, GenerationMixin):
         >>> model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         >>> tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         >>> prompt = tokenizer(tokenizer.prompt(num_steps=64), return_tensors="pt")
-        >>> days = {"min_new_tokens": 10, "max_new_tokens": 10, "do_sample": True, "num_return_sequences": 100}
+        >>> days = {"min_new_tokens": 10, "max_new_tokens": 10, "num_return_sequences": 100}
         >>> days["suppress_tokens"] = tokenizer.suppress_tokens
         >>> paths = model.generate(**prompt, past_values=past_values, **days)
         ```"""

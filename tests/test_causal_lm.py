@@ -272,8 +272,9 @@ def test_token_embedding_can_be_exchanged():
 
 
 def generate(model: SpaceExploreForCausalLM, batch: dict[str, torch.Tensor], days: int = DAYS, **options):
-    """So many days, none of them a special token, and the logits they were chosen by."""
+    """So many days, none of them a special token, and the logits they were chosen by; the likeliest ones by default."""
     torch.manual_seed(0)
+    options = {"do_sample": False} | options
     length = {"min_new_tokens": days, "max_new_tokens": days, "suppress_tokens": list(SPECIAL)}
     return model.generate(**batch, **length, **options, return_dict_in_generate=True, output_logits=True)
 
@@ -913,6 +914,20 @@ def test_placeholders_are_never_generated(tmp_path, regression):
     tuned = SpaceExploreForCausalLM.from_pretrained(regression[1], vocab_size=30)
     for model in (shared_model(), loaded, tuned):
         assert model.generation_config.suppress_tokens == [model.config.ts_token_id]
+
+
+def test_samples_are_of_the_whole_distribution(tmp_path, regression):
+    """All tokens but the placeholder, and as often as the logits say; after saving too."""
+    shared_model().save_pretrained(tmp_path)
+    loaded = SpaceExploreForCausalLM.from_pretrained(tmp_path)
+    tuned = SpaceExploreForCausalLM.from_pretrained(regression[1], vocab_size=300)
+    large = make_model(vocab_size=300)
+    for model in (loaded, tuned):
+        assert (model.generation_config.do_sample, model.generation_config.top_k) == (True, 0)
+    torch.manual_seed(0)
+    prompt = torch.full((4000, 1), 7)
+    drawn = large.generate(prompt, min_new_tokens=1, max_new_tokens=1)[:, -1]
+    assert len(drawn.unique()) > 250
 
 
 def test_refuses_to_read_nothing():
