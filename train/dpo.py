@@ -45,6 +45,7 @@ from spaceexploreai.train.sft import (
     end_processes,
     fit,
     record_cutoffs,
+    refuse_sharded_adapter,
     save_checkpoint,
     stocks_options,
 )
@@ -181,7 +182,7 @@ def make_trainer(run: Run, data: PairData, config: SpaceExploreConfig, pairs: Da
     checkpoint = run.model.model_name_or_path
     model = load_model(checkpoint, copy.deepcopy(config), dropout=not run.training.disable_dropout)
     tokenizer = load_tokenizer(checkpoint)
-    return DPOTrainer(
+    trainer = DPOTrainer(
         model=model,
         ref_model=load_reference(run, model),
         args=run.training,
@@ -192,6 +193,8 @@ def make_trainer(run: Run, data: PairData, config: SpaceExploreConfig, pairs: Da
         peft_config=None if run.model.peft is None else adapter_config(model, run.model.peft),
         callbacks=[SaveExtractor(data.extractor)],
     )
+    refuse_sharded_adapter(trainer, run)
+    return trainer
 
 
 def prepare(run: Run) -> tuple[DPOTrainer, PairData, SpaceExploreConfig]:

@@ -201,9 +201,13 @@ def make_trainer(
         callbacks=stop_early(run.objective.early_stopping_patience, run.training),
         weights=balanced_weights(task.train, run.objective.balance) if run.objective.balance else None,
     )
+    refuse_sharded_adapter(trainer, run)
+    return trainer
+
+
+def refuse_sharded_adapter(trainer: Trainer, run: Run) -> None:
     if trainer.is_fsdp_enabled and run.model.peft is not None:
         raise ValueError(f"peft {run.model.peft}: an adapter is not trained in parts (FSDP)")
-    return trainer
 
 
 def is_whole(checkpoint: str) -> bool:
