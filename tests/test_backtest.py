@@ -529,6 +529,19 @@ def test_a_csv_of_forecasts_and_some_of_the_tickers(tables):
     assert set(pd.read_parquet(tables / "out" / "orders.parquet")["ticker"]) == {"T0", "T1", "T2", "T5"}
 
 
+def test_the_command_counts_the_tickers_that_end(tables, capsys):
+    prices = pd.read_parquet(tables / "prices.parquet")
+    ends = prices["date"].unique()[-30]
+    write_table(prices[(prices["ticker"] != "T3") | (prices["date"] <= ends)], tables / "prices.parquet")
+    script.main(command_line(tables, "--hold", "10"))
+    assert "Here 1 of 6 tickers end before the backtest does" in capsys.readouterr().out
+    report = json.loads((tables / "out" / "backtest.json").read_text())
+    assert report["options"]["hold"] == 10
+    assert report["orders"]["equal_weight"]["delisted"] == 1
+    orders = pd.read_parquet(tables / "out" / "orders.parquet")
+    assert orders.loc[orders["portfolio"] == "equal_weight", "date"].nunique() == 6
+
+
 COMMAND_MISTAKES = {
     "no file": (["--forecasts", "absent.parquet"], "absent.parquet"),
     "suffix": (["--forecasts", "table.json"], "table.json is neither a .parquet nor a .csv file"),

@@ -272,7 +272,7 @@ def test_token_embedding_can_be_exchanged():
 
 
 def generate(model: SpaceExploreForCausalLM, batch: dict[str, torch.Tensor], days: int = DAYS, **options):
-    """So many days, none of them a special token, and the logits they were chosen by; the likeliest ones by default."""
+    """So many days, none of them a special token, and the logits they were chosen by; by default the likeliest."""
     torch.manual_seed(0)
     options = {"do_sample": False} | options
     length = {"min_new_tokens": days, "max_new_tokens": days, "suppress_tokens": list(SPECIAL)}
