@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import DateRange
+from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
 from spaceexploreai.scripts import build_dataset, draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
@@ -128,11 +129,55 @@ def test_evaluate_and_forecast_agree_on_the_newest_day(tmp_path, checkpoint, mar
     np.testing.assert_allclose(last[["mean", *QUANTILES]], newest[["mean", *QUANTILES]], rtol=1e-4, atol=1e-6)
 
 
-def test_evaluate_scores_training_dates_only_when_told_to(tmp_path, checkpoint, market):
+def test_evaluate_scores_training_dates_only_when_told_to(tmp_path, checkpoint, market, capsys):
     output = tmp_path / "forecasts.parquet"
     run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(output), "--start", "2005-09-01"]
     evaluate.main([*run, "--allow-in-sample"])
     assert pd.read_parquet(output)["cutoff"].min() == pd.Timestamp("2005-09-01")
+    assert "IN SAMPLE: the model was trained to" in capsys.readouterr().out
+
+
+def test_evaluate_says_that_a_checkpoint_was_chosen_by_its_dates(tmp_path, checkpoint, market, capsys):
+    config = json.loads((checkpoint / "config.json").read_text())
+    run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(tmp_path / "forecasts.parquet")]
+    evaluate.main([*run, "--start", config["selection_cutoff"]])
+    assert f"NOT UNSEEN: the model was chosen by dates to {config['selection_cutoff']}" in capsys.readouterr().out
+    evaluate.main(run)
+    printed = capsys.readouterr().out
+    assert "UNSEEN" not in printed
+    assert "IN SAMPLE" not in printed
+
+
+def test_evaluate_scores_groups_and_fitted_baselines(tmp_path, checkpoint, market):
+    pytest.importorskip("arch", reason="the extra [baselines] is not installed")
+    run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(tmp_path / "forecasts.parquet")]
+    evaluate.main([*run, "--baselines", "all", "--by", "ticker", "regime"])
+    table = pd.read_parquet(tmp_path / "forecasts.parquet")
+    whole, tickers, regimes = (
+        json.loads((tmp_path / f"metrics{name}.json").read_text()) for name in ("", "_by_ticker", "_by_regime")
+    )
+    assert set(tickers) == {"T0", "T1", "T2"}
+    assert set(regimes) == {"calm", "normal", "wild"}
+    for column in ("garch", "ridge", "lightgbm", "dlinear", "patchtst"):
+        assert table[f"{column}_mean"].notna().all()
+        assert np.isfinite(whole["1"]["crps"][column])
+    for groups in (tickers, regimes):
+        assert sum(one["5"]["n"]["model"] for one in groups.values()) == whole["5"]["n"]["model"]
+
+
+def test_evaluate_refuses_a_forecast_that_knows_the_future(tmp_path, checkpoint, market, monkeypatch, refused):
+    """A feature with the next day's return in it."""
+    original = SpaceExploreFeatureExtractor.compute_features
+
+    def leaking(self, prices):
+        features = original(self, prices)
+        ahead = np.log(prices.groupby("ticker")["close"].shift(-1) / prices["close"])
+        return features.assign(**{self.feature_names[0]: ahead.to_numpy()})
+
+    monkeypatch.setattr(SpaceExploreFeatureExtractor, "compute_features", leaking)
+    run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(tmp_path / "forecasts.parquet")]
+    assert "leak: " in refused(evaluate.main, run)
+    assert not list(tmp_path.iterdir())
 
 
 # --- quickstart ---
