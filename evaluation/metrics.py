@@ -366,7 +366,8 @@ def _markdown(values: pd.DataFrame) -> str:
     names = list(values.columns)
     cells = [["metric", *names]]
     for metric, (label, factor, spec) in _FORMATS.items():
-        cells.append([label, *(_cell(values[name], metric, factor, spec) for name in names)])
+        if values.loc[metric].notna().any():  # fewer tickers than `MIN_TICKERS` have no rank correlations
+            cells.append([label, *(_cell(values[name], metric, factor, spec) for name in names)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [f"|{'-' * (widths[0] + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"]
     lines = [
