@@ -44,6 +44,9 @@ def read_forecasts(path: str, tickers: str | None = None) -> pd.DataFrame:
     cutoffs = parse_dates(forecasts["cutoff"])
     if cutoffs.isna().any():
         raise ValueError(f"{path}: cutoff {forecasts['cutoff'][cutoffs.isna()].iloc[0]!r} is not a date (YYYY-MM-DD)")
+    if "in_sample" in forecasts and forecasts["in_sample"].any():
+        seen = cutoffs[forecasts["in_sample"].astype(bool)].max()
+        raise ValueError(f"{path}: the model was trained on {seen:%Y-%m-%d}; what it earns there says nothing")
     return forecasts.assign(cutoff=cutoffs)
 
 

@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     refuse_leaks(model, extractor, prices, within)
     forecasts = forecast_range(model, extractor, prices, within, args.baselines)
     scores = score(forecasts)
+    if args.allow_in_sample and model.config.train_cutoff is not None:
+        forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)
     write_table(forecasts, args.output)
     names = ["metrics.json", *(f"metrics_by_{by}.json" for by in args.by)]
     paths = [Path(args.output).with_name(name) for name in names]

@@ -573,3 +573,15 @@ def test_a_cutoff_that_is_no_date_is_named(tables, capsys):
     with pytest.raises(SystemExit):
         script.main(command_line(tables, forecasts="forecasts.csv"))
     assert "cutoff 'soon' is not a date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_dates_of_the_training_are_refused(tables, capsys, suffix):
+    forecasts = pd.read_parquet(tables / "forecasts.parquet")
+    last = forecasts["cutoff"].unique()[2]
+    write_table(forecasts.assign(in_sample=forecasts["cutoff"] <= last), tables / f"marked{suffix}")
+    write_table(forecasts.assign(in_sample=False), tables / f"unseen{suffix}")
+    with pytest.raises(SystemExit):
+        script.main(command_line(tables, forecasts=f"marked{suffix}"))
+    assert f"the model was trained on {last:%Y-%m-%d}" in capsys.readouterr().err
+    script.main(command_line(tables, forecasts=f"unseen{suffix}"))

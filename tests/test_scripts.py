@@ -135,6 +135,9 @@ def test_evaluate_scores_training_dates_only_when_told_to(tmp_path, checkpoint, 
     evaluate.main([*run, "--allow-in-sample"])
     assert pd.read_parquet(output)["cutoff"].min() == pd.Timestamp("2005-09-01")
     assert "IN SAMPLE: the model was trained to" in capsys.readouterr().out
+    table, cutoff = pd.read_parquet(output), json.loads((checkpoint / "config.json").read_text())["train_cutoff"]
+    assert (table["in_sample"] == (table["cutoff"] <= pd.Timestamp(cutoff))).all()
+    assert table["in_sample"].nunique() == 2
 
 
 def test_evaluate_says_that_a_checkpoint_was_chosen_by_its_dates(tmp_path, checkpoint, market, capsys):

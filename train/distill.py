@@ -439,10 +439,6 @@ class DistillationTrainer(SpaceExploreTrainer):
                 f"{distance.item()} at step {self.state.global_step + 1}"
             )
 
-    def explain(self, model, inputs, rows, loss):
-        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
-        return super().explain(model, tensors, rows, loss)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean distance from the teacher, in the first process, whatever it weighs."""
         if self.distances and "loss" in logs:

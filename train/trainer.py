@@ -70,9 +70,10 @@ class SpaceExploreTrainer(Trainer):
         """Which windows of the batch have a loss that is no number, each by itself."""
         broken, network = [], self.accelerator.unwrap_model(model)  # wrapped, it would wait for the other processes
         if not self.is_fsdp_enabled:  # and so it would in parts
+            batch = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
             with torch.no_grad():
                 alone = [
-                    network(**{name: value[[one]] for name, value in inputs.items()}).loss for one in range(len(rows))
+                    network(**{name: value[[one]] for name, value in batch.items()}).loss for one in range(len(rows))
                 ]
             broken = [row for row, one in zip(rows.tolist(), alone, strict=True) if not torch.isfinite(one)]
         windows = ", ".join(self.train_dataset.name(row) for row in (broken or rows.tolist())[:5])
