@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from spaceexploreai.data.prices import write_table
+from spaceexploreai.train import memory
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.sft import save_checkpoint, train
 
+memory.mallopt = lambda *_: None  # a test that trains would hide from another, in the same process, what is freed
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"

@@ -10,10 +10,13 @@ def keep_freed_memory() -> None:
     """Lets glibc keep freed memory; no other C library is touched.
 
     By itself it gives large blocks, such as a batch's activations, back to the system as soon as they are free, and
-    every step gets them anew, page by page and zeroed: a tenth to a sixth of a step on the CPU
+    every step gets them anew, page by page and zeroed: 3 to 16 % of a step on the CPU
     (docs/performance.md). The process then stays as large as it was at its largest.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def mallopt(parameter: int, value: int) -> None:
+    ctypes.CDLL(None).mallopt(parameter, value)
