@@ -23,7 +23,6 @@ from spaceexploreai.evaluation.inference import (
     wilson_interval,
 )
 from spaceexploreai.evaluation.ranking import decile_spread_by_date, ic_by_date, turnover
-from spaceexploreai.evaluation.ranking import rank_ic as rank_ic  # for those who import it from here
 
 REGIMES = ("calm", "normal", "wild")
 INTERVALS = (50, 80, 90)  # percent

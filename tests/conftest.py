@@ -1,6 +1,7 @@
 """What several test files need: no network, small synthetic markets, one checkpoint trained for a few steps."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -76,3 +77,24 @@ def language_model(tmp_path_factory, market) -> Path:
     run = tiny_run(folder, "--prices", str(market), "--task", "causal_lm", "--learning_rate", "2e-3")
     save_checkpoint(train(parse_run([*run, "--max_steps", "12"])), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory) -> Path:
+    """A market with a late ticker, whose windows are short, and a halt, whose steps are masked."""
+    prices = make_market(tickers=4, days=400)
+    late = (prices["ticker"] == "T3") & (prices["date"] < prices["date"].unique()[200])
+    halt = (prices["ticker"] == "T1") & prices["date"].isin(prices["date"].unique()[100:130])
+    path = tmp_path_factory.mktemp("uneven") / "market.parquet"
+    write_table(prices[~(late | halt)], path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory) -> Path:
+    """The tiny network without what depends on how a batch is parted: dropout, and the balance of its experts."""
+    fields = json.loads((RECIPE / "config.json").read_text())
+    fields |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "router_aux_loss_coef": 0.0}
+    path = tmp_path_factory.mktemp("exact") / "config.json"
+    path.write_text(json.dumps(fields))
+    return path

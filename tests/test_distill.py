@@ -11,7 +11,7 @@ import distill_workers
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, make_market, tiny_run
+from conftest import RECIPE, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -43,27 +43,6 @@ STUDENT = json.loads((RECIPE / "student.json").read_text())
 FEW = ["--max_steps", "4", "--learning_rate", "1e-3", "--per_device_train_batch_size", "32", "--weight_decay", "0"]
 QUIET = ["--remove_unused_columns", "false", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"]
 SCRATCH = ("--model_config", str(RECIPE / "student.json"))
-
-
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory) -> Path:
-    """A market with a late ticker, whose windows are short, and a halt, whose steps are masked."""
-    prices = make_market(tickers=4, days=400)
-    late = (prices["ticker"] == "T3") & (prices["date"] < prices["date"].unique()[200])
-    halt = (prices["ticker"] == "T1") & prices["date"].isin(prices["date"].unique()[100:130])
-    path = tmp_path_factory.mktemp("uneven") / "market.parquet"
-    write_table(prices[~(late | halt)], path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> Path:
-    """The tiny network without dropout and the balance of its experts: two of its outputs are the same."""
-    fields = json.loads((RECIPE / "config.json").read_text())
-    fields |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "router_aux_loss_coef": 0.0}
-    path = tmp_path_factory.mktemp("exact") / "config.json"
-    path.write_text(json.dumps(fields))
-    return path
 
 
 @pytest.fixture(scope="module")

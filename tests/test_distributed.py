@@ -182,27 +182,6 @@ def test_a_mistake_of_one_process_ends_the_other(tmp_path, market):
 # --- a step is the same step ---
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory) -> Path:
-    """A market with a late ticker, whose windows are short, and a halt, whose steps are masked."""
-    prices = make_market(tickers=4, days=400)
-    late = (prices["ticker"] == "T3") & (prices["date"] < prices["date"].unique()[200])
-    halt = (prices["ticker"] == "T1") & prices["date"].isin(prices["date"].unique()[100:130])
-    path = tmp_path_factory.mktemp("uneven") / "market.parquet"
-    write_table(prices[~(late | halt)], path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> Path:
-    """The tiny network without what depends on how a batch is parted: dropout, and the balance of its experts."""
-    fields = json.loads((RECIPE / "config.json").read_text())
-    fields |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "router_aux_loss_coef": 0.0}
-    path = tmp_path_factory.mktemp("exact") / "config.json"
-    path.write_text(json.dumps(fields))
-    return path
-
-
 @pytest.mark.parametrize(
     "task", [("regression",), ("regression", "--balance", "ticker"), ("causal_lm", "--balance", "year")], ids=" ".join
 )

@@ -11,7 +11,6 @@ import yaml
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
-from spaceexploreai.data.prices import write_atomically
 from spaceexploreai.data.stocks import PairData, non_overlapping_paths
 from spaceexploreai.evaluation.paths import LEVEL, Outcomes, compare, format_comparison, score_samples
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
@@ -21,12 +20,11 @@ from spaceexploreai.train.report import (
     CURVES,
     LIBRARIES,
     READING,
-    REPORT,
-    card_head,
     count,
     own_options,
     peak_memory,
     plot_curves,
+    write_files,
 )
 from spaceexploreai.train.sampling import ModelPaths, fit_temperature
 
@@ -191,10 +189,7 @@ def write_report(
         "versions": ", ".join(f"{name} {version(name)}" for name in (*LIBRARIES, "trl")),
     }
     text = TEMPLATE.format(**fields)
-    write_atomically(folder / CURVES, plot_curves(trainer.state.log_history, REWARDS).savefig)
-    write_atomically(folder / REPORT, lambda path: path.write_text(text, encoding="utf-8"))
-    card = f"---\n{yaml.safe_dump(card_head(model), sort_keys=False)}---\n\n{text}"
-    write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    write_files(folder, text, plot_curves(trainer.state.log_history, REWARDS), model)
     return f"{fields['comparison']}\n\n{fields['calibration']}"
 
 

@@ -103,12 +103,15 @@ def write_report(
         "effort": describe_effort(trainer),
         "curves": CURVES,
         "options": yaml.safe_dump(own_options(run), sort_keys=False),
-        "versions": ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "datasets")
-        ),
+        "versions": ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
     }
     text = REPORT_TEMPLATE.format(**fields)
-    write_atomically(folder / CURVES, plot_curves(trainer.state.log_history).savefig)
+    write_files(folder, text, plot_curves(trainer.state.log_history), model)
+
+
+def write_files(folder: Path, text: str, curves: Figure, model) -> None:
+    """The report, its curves, and the card, which is the report under a head."""
+    write_atomically(folder / CURVES, curves.savefig)
     write_atomically(folder / REPORT, lambda path: path.write_text(text, encoding="utf-8"))
     card = f"---\n{yaml.safe_dump(card_head(model), sort_keys=False)}---\n\n{text}"
     write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))

@@ -12,7 +12,8 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import PathCollator, collate_windows
 from spaceexploreai.data.stocks import PathWindows, ReturnsWindows, StockData
 from spaceexploreai.data.windows import IGNORE_INDEX
-from spaceexploreai.evaluation.metrics import crps, crps_skill, direction_accuracy, mae, rank_ic
+from spaceexploreai.evaluation.metrics import crps, crps_skill, direction_accuracy, mae
+from spaceexploreai.evaluation.ranking import rank_ic
 from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForCausalLM,
     SpaceExploreForClassification,
