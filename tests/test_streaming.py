@@ -121,6 +121,7 @@ def test_memory_stays_level_and_the_watch_sees_what_is_kept(large):
     assert growth(quarters) < streamed / 20
 
 
+@pytest.mark.usefixtures("trimmed")
 def test_the_watch_sees_what_is_held_for_a_moment():
     def batches():
         for number in range(400):
