@@ -404,20 +404,39 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             quantiles: (N, H, Q) log-returns, increasing in Q.
             config: the model's configuration, for `horizons` and `quantile_levels`.
         """
-        if config.target != "log_return":
-            raise ValueError(
-                f"a forecast of prices needs a network of log-returns, this one predicts {config.target!r}"
-            )
-        horizons, levels = list(config.horizons), list(config.quantile_levels)
+        table, levels = _empty_table(origins, self.calendar, config), list(config.quantile_levels)
         mean, quantiles = (torch.as_tensor(x).detach().cpu().double().numpy() for x in (mean, quantiles))
-        table = origins[["ticker", "cutoff"]].loc[origins.index.repeat(len(horizons))].reset_index(drop=True)
-        table["date"] = following_sessions(self.calendar, origins["cutoff"], horizons).reshape(-1)
-        table["horizon"] = np.tile(horizons, len(origins))
         table["mean"] = mean.reshape(-1)
         flat = quantiles.reshape(-1, len(levels))
         table[quantile_columns(levels)] = flat
         table["p_up"] = 1 - cumulative_probability(flat, levels, 0.0)
         return table
+
+    def class_table(self, origins: pd.DataFrame, probabilities, config) -> pd.DataFrame:
+        """Lays forecasts of classes out as the long table `ticker, cutoff, date, horizon, p_down, p_flat, p_up, band`.
+
+        Args:
+            origins: (N,) rows `ticker, cutoff, scale`, the last the daily volatility known at the cutoff.
+            probabilities: (N, H, 3) of down, flat and up.
+            config: the model's configuration, for `horizons` and `flat_band`; a log-return within ±band is flat.
+        """
+        table = _empty_table(origins, self.calendar, config)
+        flat = torch.as_tensor(probabilities).detach().cpu().double().numpy().reshape(-1, 3)
+        table[["p_down", "p_flat", "p_up"]] = flat
+        scale = origins["scale"].to_numpy(dtype=np.float64)
+        table["band"] = config.flat_band * np.outer(scale, np.sqrt(config.horizons)).reshape(-1)
+        return table
+
+
+def _empty_table(origins: pd.DataFrame, calendar: str, config) -> pd.DataFrame:
+    """`ticker, cutoff, date, horizon`: a row for each of the H horizons of each of the N origins."""
+    if config.target != "log_return":
+        raise ValueError(f"a forecast of prices needs a network of log-returns, this one predicts {config.target!r}")
+    horizons = list(config.horizons)
+    table = origins[["ticker", "cutoff"]].loc[origins.index.repeat(len(horizons))].reset_index(drop=True)
+    table["date"] = following_sessions(calendar, origins["cutoff"], horizons).reshape(-1)
+    table["horizon"] = np.tile(horizons, len(origins))
+    return table
 
 
 def quantile_columns(levels: list[float]) -> list[str]:

@@ -33,7 +33,7 @@ from spaceexploreai.evaluation.metrics import coverage, crps, mse
 from spaceexploreai.evaluation.ranking import rank_ic
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.scripts.forecast import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import bare_parser, command
 from spaceexploreai.train.sft import check_statistics
 

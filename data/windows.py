@@ -227,7 +227,7 @@ def forecast_windows(
     """One window for every (ticker, cutoff) of a date range that has a bar and a whole context behind it.
 
     Returns:
-        The windows without labels, and their (N,) origins `ticker, cutoff`.
+        The windows without labels, and their (N,) origins `ticker, cutoff, scale`.
 
     Raises:
         ValueError: there is none.
@@ -237,7 +237,7 @@ def forecast_windows(
         inside = (one.dates >= within.start.to_datetime64()) & (one.dates <= within.end.to_datetime64()) & one.traded
         last = np.flatnonzero(inside & (np.arange(len(one.dates)) >= context_length - 1))
         ends.append(np.stack([np.full_like(last, which), last], axis=1))
-        origins.append(pd.DataFrame({"ticker": one.ticker, "cutoff": one.dates[last]}))
+        origins.append(pd.DataFrame({"ticker": one.ticker, "cutoff": one.dates[last], "scale": one.scale[last]}))
     if not sum(map(len, ends)):
         raise ValueError(
             f"no ticker has {context_length} bars of context at any date between "

@@ -7,6 +7,7 @@ import pandas as pd
 
 from spaceexploreai.evaluation.baselines import (
     baselines_of,
+    levels_of,
     quantile_columns,
     quantile_levels,
     require_columns,
@@ -177,7 +178,7 @@ def score(forecasts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[["horizon", "metric", "model", *names]]
 
 
-def score_by(forecasts: pd.DataFrame, by: str) -> pd.DataFrame:
+def score_by(forecasts: pd.DataFrame, by: str, score: Callable[[pd.DataFrame], pd.DataFrame] = score) -> pd.DataFrame:
     """As `score`, for each "year" of the cutoffs, volatility "regime" or "ticker"; that is the first column.
 
     The regime of a cutoff is how wide `ewma` was then, as the median over its tickers at the shortest horizon: a third
@@ -185,13 +186,14 @@ def score_by(forecasts: pd.DataFrame, by: str) -> pd.DataFrame:
     """
     if by not in _GROUPS:
         raise ValueError(f"by must be one of {', '.join(_GROUPS)}, got {by!r}")
-    known, _ = _known(forecasts)
+    require_columns(forecasts, ["ticker", "cutoff", "horizon", "y"])
+    known = forecasts[np.isfinite(forecasts["y"])]
     groups = known.groupby(_GROUPS[by](known).rename(by), observed=True)
     return pd.concat({key: score(rows) for key, rows in groups}, names=[by]).reset_index(by).reset_index(drop=True)
 
 
 def _regime(forecasts: pd.DataFrame) -> pd.Series:
-    lowest, *_, highest = quantile_columns(quantile_levels(forecasts), "ewma_")
+    lowest, *_, highest = quantile_columns(levels_of(forecasts), "ewma_")
     shortest = forecasts["horizon"] == forecasts["horizon"].min()
     width = (forecasts[highest] - forecasts[lowest])[shortest].groupby(forecasts["cutoff"]).median()
     third = np.ceil(width.rank(method="first") / len(width) * len(REGIMES)).astype(int) - 1
@@ -340,6 +342,11 @@ _FORMATS = {
     "turnover": ("turnover from cutoff to cutoff (%)", 1e2, ".0f"),
     "dm_mse_t": ("DM t of the model's MSE", 1, "+.1f"),
     "dm_crps_t": ("DM t of the model's CRPS", 1, "+.1f"),
+    "accuracy": ("accuracy of the class (%)", 1e2, ".1f"),
+    "base_rate": ("share of the most frequent class (%)", 1e2, ".1f"),
+    "log_loss": ("log-loss (nats)", 1, ".4f"),
+    "log_loss_skill": ("log-loss skill over ewma (%)", 1e2, "+.2f"),
+    "dm_log_loss_t": ("DM t of the model's log-loss", 1, "+.1f"),
 }
 _NOTE = (
     "Errors are in log-returns over the whole horizon, in units of 1e-4 (MSE: 1e-4 squared log-return). ± is one "
@@ -365,7 +372,8 @@ def _markdown(values: pd.DataFrame) -> str:
     names = list(values.columns)
     cells = [["metric", *names]]
     for metric, (label, factor, spec) in _FORMATS.items():
-        if values.loc[metric].notna().any():  # fewer tickers than `MIN_TICKERS` have no rank correlations
+        # Fewer tickers than `MIN_TICKERS` have no rank correlations; classes have metrics of their own.
+        if metric in values.index and values.loc[metric].notna().any():
             cells.append([label, *(_cell(values[name], metric, factor, spec) for name in names)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [f"|{'-' * (widths[0] + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"]

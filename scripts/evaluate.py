@@ -1,11 +1,12 @@
 """Scores a checkpoint beside baselines, on dates that it never saw.
 
     python scripts/evaluate.py --model DIR [--prices FILE_OR_DIR] [--tickers AAPL,MSFT] [--start DATE] [--end DATE]
-        [--baselines all] [--by year regime ticker] --output forecasts.parquet
+        [--baselines all] [--by year regime ticker] [--device cuda] --output forecasts.parquet
 
-Forecasts from every trading day between --start and --end, writes the forecast table and, beside it, metrics.json and
-metrics_by_*.json. By default it starts after the last date that any choice of the training was made on. Before it
-scores, it makes some forecasts again from prices with another future, and stops if one changes.
+The model may be a regression, a classification, or a causal language model, of which --num-samples paths are drawn
+from every day. Forecasts from every trading day between --start and --end, and writes the forecast table and, beside
+it, metrics.json and metrics_by_*.json. By default it starts after the last date that any choice of the training was
+made on. Before it scores, it makes some forecasts again from prices with another future, and stops if one changes.
 """
 
 import json
@@ -17,14 +18,15 @@ import pandas as pd
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
-from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, forecast_windows, make_labels
+from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, make_labels
 from spaceexploreai.evaluation.baselines import Training, add_baselines
+from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.metrics import add_outcomes, format_scores, score, score_by
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor, parse_date
-from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.scripts.forecast import load_checkpoint, predict
+from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
 from spaceexploreai.train.arguments import command, make_parser
+from spaceexploreai.train.sampling import ModelPaths
 
 GROUPS = ("year", "regime", "ticker")
 # What the leak check forecasts again, six times.
@@ -52,7 +54,7 @@ def scored_range(
 
 
 def forecast_range(
-    model: SpaceExploreForRegression,
+    model: Forecaster,
     extractor: SpaceExploreFeatureExtractor,
     prices: pd.DataFrame,
     within: DateRange,
@@ -60,8 +62,7 @@ def forecast_range(
 ) -> pd.DataFrame:
     """Forecast table of every ticker and trading day of the range, with outcomes, where known, and baselines."""
     series = extractor.encode(prices)
-    windows, origins = forecast_windows(series, extractor.context_length, within)
-    table = extractor.forecast_table(origins, *predict(model, windows), model.config)
+    table = forecast_between(model, extractor, series, within)
     training = training_of(model.config, extractor, prices, series) if baselines == "all" else None
     return add_baselines(add_outcomes(table, prices), prices, baselines, training)
 
@@ -79,18 +80,21 @@ def training_of(
 
 
 def refuse_leaks(
-    model: SpaceExploreForRegression,
-    extractor: SpaceExploreFeatureExtractor,
-    prices: pd.DataFrame,
-    within: DateRange,
+    model: Forecaster, extractor: SpaceExploreFeatureExtractor, prices: pd.DataFrame, within: DateRange
 ) -> None:
-    """Of a few tickers, whose forecasts at the beginning of the range are made again (see `check_leaks`)."""
+    """Of a few tickers, whose forecasts at the beginning of the range are made again (see `check_leaks`).
+
+    Paths are drawn at random, and fewer or other forecasts would draw others: of them the inputs are made again.
+    """
     few = prices[prices["ticker"].isin(prices["ticker"].unique()[:CHECKED_TICKERS])].reset_index(drop=True)
     first = DateRange(within.start, min(within.end, within.start + pd.Timedelta(days=CHECKED_DAYS)))
     known = few["date"][few["date"].between(*first)]
     if known.empty or known.min() == few["date"].max():
         return  # nothing lies ahead of these forecasts
-    check_leaks(lambda prices: forecast_range(model, extractor, prices, first), few)
+    if isinstance(model, ModelPaths):
+        check_leaks(extractor.compute_features, few[few["date"] <= first.end].reset_index(drop=True))
+    else:
+        check_leaks(lambda prices: forecast_range(model, extractor, prices, first), few)
 
 
 def write_metrics(scores: pd.DataFrame, path: str | Path) -> None:
@@ -111,9 +115,9 @@ def write_json(content: dict, path: str | Path) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def write_groups(forecasts: pd.DataFrame, by: str, path: str | Path) -> None:
+def write_groups(groups: pd.DataFrame, by: str, path: str | Path) -> None:
     """Writes the scores of each year, regime or ticker as JSON: {group: {horizon: …}}, see `write_metrics`."""
-    groups = score_by(forecasts, by).groupby(by, observed=True)
+    groups = groups.groupby(by, observed=True)
     write_json({str(group): report_of(rows.drop(columns=by)) for group, rows in groups}, path)
 
 
@@ -138,16 +142,22 @@ def main(argv: list[str] | None = None) -> None:
         "--baselines", choices=("fast", "all"), default="fast", help="all: the fitted ones too, which take minutes"
     )
     parser.add_argument("--by", nargs="*", choices=GROUPS, default=[], help="score each of these by itself too")
+    parser.add_argument(
+        "--num-samples", type=int, default=64, help="paths of a causal language model; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of those paths; default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda, mps …; default: an accelerator if there is one")
     parser.add_argument("--output", required=True, help="forecast table to write, .parquet or .csv")
     args = parser.parse_args(argv)
 
     check_suffix(args.output, ".parquet", ".csv")
-    model, extractor = load_checkpoint(args.model)
+    model, extractor = load_forecaster(args.model, args.num_samples, args.seed, args.device)
     prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)
     refuse_leaks(model, extractor, prices, within)
     forecasts = forecast_range(model, extractor, prices, within, args.baselines)
-    scores = score(forecasts)
+    score_table = score_classes if "band" in forecasts else score
+    scores = score_table(forecasts)
     if args.allow_in_sample and model.config.train_cutoff is not None:
         forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)
     write_table(forecasts, args.output)
@@ -155,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = [Path(args.output).with_name(name) for name in names]
     write_metrics(scores, paths[0])
     for by, path in zip(args.by, paths[1:], strict=True):
-        write_groups(forecasts, by, path)
+        write_groups(score_by(forecasts, by, score_table), by, path)
     print(describe_range(within, forecasts, model.config))
     print(format_scores(scores))
     print(f"wrote {args.output}, {', '.join(map(str, paths))}")

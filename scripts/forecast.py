@@ -8,41 +8,16 @@ the model's. Without --prices the tickers are those of the embedded sample.
 
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from spaceexploreai.data.cleaning import load_prices
-from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.metrics import add_outcomes
 from spaceexploreai.evaluation.plots import plot_forecast
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import command, make_parser
-
-
-def load_checkpoint(folder: str) -> tuple[SpaceExploreForRegression, SpaceExploreFeatureExtractor]:
-    """Loads a checkpoint folder or Hub repository, ready to forecast."""
-    extractor = SpaceExploreFeatureExtractor.from_pretrained(folder)
-    model, info = SpaceExploreForRegression.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{folder} is no checkpoint of a regression: it has no {min(info['missing_keys'])}")
-    return model.eval(), extractor
-
-
-@torch.inference_mode()
-def predict(
-    model: SpaceExploreForRegression, windows: Dataset, batch_size: int = 256
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forecasts from the last step of each window: (N, H) means and (N, H, Q) quantiles, log-returns."""
-    loader = DataLoader(windows, batch_size=batch_size, collate_fn=collate_windows)
-    means, quantiles = [], []
-    for batch in tqdm(loader, desc="forecasting", unit="batch", leave=False):
-        outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        means.append(outputs.mean[:, -1].cpu())
-        quantiles.append(outputs.quantiles[:, -1].cpu())
-    return torch.cat(means), torch.cat(quantiles)
 
 
 @torch.inference_mode()

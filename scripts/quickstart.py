@@ -19,7 +19,8 @@ from spaceexploreai.data.prices import write_atomically, write_table
 from spaceexploreai.evaluation.metrics import format_scores, score
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range, write_metrics
-from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint, summarize
+from spaceexploreai.scripts.forecast import forecast_newest, summarize
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import command, make_parser, parse_run
 from spaceexploreai.train.sft import train_and_report
 

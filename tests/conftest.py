@@ -98,3 +98,21 @@ def exact(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("exact") / "config.json"
     path.write_text(json.dumps(fields))
     return path
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a command line in an empty folder and returns its one-line complaint."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, argv: list[str]) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        complaint = capsys.readouterr().err.splitlines()[-1]
+        assert exit_.value.code == 2
+        assert complaint.startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return complaint
+
+    return run

@@ -30,7 +30,8 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
+from spaceexploreai.scripts.forecast import forecast_newest
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train import sft
 from spaceexploreai.train.arguments import parse_run
 

@@ -18,7 +18,7 @@ from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForTimeToText,
     SpaceExploreModel,
 )
-from spaceexploreai.scripts.forecast import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint
 
 STRANGER = """
 import sys

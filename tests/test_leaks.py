@@ -11,7 +11,7 @@ from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.metrics import add_outcomes
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.scripts.evaluate import forecast_range
-from spaceexploreai.scripts.forecast import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint
 
 LEVELS = [0.05, 0.5, 0.95]
 PRICES = make_market(tickers=3, days=300)

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from spaceexploreai.data.prices import read_prices
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.scripts.forecast import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.lora import merged
 from spaceexploreai.train.sft import main, save_checkpoint, train

@@ -12,7 +12,7 @@ import pytest
 from hub_server import File, HubServer, Repository, hang_up, status
 
 from spaceexploreai.data.prices import read_prices
-from spaceexploreai.scripts.forecast import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
 DATASET, MODEL = "NEOAI/Stocks", "NEOAI/SpaceExploreAI"

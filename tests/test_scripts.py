@@ -20,7 +20,8 @@ from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureEx
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
 from spaceexploreai.scripts import build_dataset, draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
-from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
+from spaceexploreai.scripts.forecast import forecast_newest
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train import sft
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,24 +262,6 @@ TOO_FEW_PRICES = {
 }
 
 
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder and returns its one-line complaint."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(main, argv: list[str]) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as exit_:
-            main(argv)
-        complaint = capsys.readouterr().err.splitlines()[-1]
-        assert exit_.value.code == 2
-        assert complaint.startswith("error: ")
-        assert sorted(tmp_path.rglob("*")) == before
-        return complaint
-
-    return run
-
-
 @pytest.mark.parametrize("case", BROKEN_PRICES)
 def test_broken_prices_are_repaired_with_a_count_or_refused(refused, checkpoint, tmp_path, capsys, case):
     change, named = BROKEN_PRICES[case]
@@ -436,7 +419,7 @@ def test_a_checkpoint_of_another_head_makes_no_forecast(refused, checkpoint, mar
     SpaceExploreForClassification(model.config).save_pretrained(tmp_path / "other")
     extractor.save_pretrained(tmp_path / "other")
     complaint = refused(forecast.main, ["--model", str(tmp_path / "other"), "--prices", str(market)])
-    assert "is no checkpoint of a regression: it has no mean_head.bias" in complaint
+    assert "is no checkpoint of a Regression: it has no mean_head.bias" in complaint
 
 
 def test_a_truncated_checkpoint_is_refused(refused, checkpoint, market, tmp_path):

@@ -23,7 +23,8 @@ from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureEx
 from spaceexploreai.indicators_spaceexplore import select_features
 from spaceexploreai.scripts import build_dataset
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range
-from spaceexploreai.scripts.forecast import forecast_newest, load_checkpoint
+from spaceexploreai.scripts.forecast import forecast_newest
+from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.sft import main, record_cutoffs, save_checkpoint, train
 

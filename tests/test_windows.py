@@ -389,7 +389,7 @@ def test_every_day_with_a_whole_context_is_forecast_once(series, context, bounds
             forecast_windows(series, context, within)
         return
     dataset, origins = forecast_windows(series, context, within)
-    assert list(origins.columns) == ["ticker", "cutoff"]
+    assert list(origins.columns) == ["ticker", "cutoff", "scale"]
     assert list(zip(origins["ticker"], origins["cutoff"].to_numpy(), strict=True)) == expected
     pd.testing.assert_index_equal(origins.index, pd.RangeIndex(len(expected)), exact=True)
     assert len(dataset) == len(origins)

@@ -51,6 +51,10 @@ class ModelPaths:
         model = SpaceExploreForCausalLM.from_pretrained(folder)
         return cls(model, SpaceExploreTokenizer.from_pretrained(folder), context_length, num_samples, seed)
 
+    @property
+    def config(self) -> SpaceExploreConfig:
+        return self.model.config
+
     def __call__(self, histories: list[EncodedSeries], length: int) -> np.ndarray:
         """(N, K, length) daily log-returns after the last step of each history."""
         return np.concatenate([self._sample(histories[batch], length) for batch in self._batches(len(histories))])

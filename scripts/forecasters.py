@@ -1,0 +1,120 @@
+"""What forecasts: checkpoints of every head, and the forecast tables that they make of many windows."""
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.data.collators import collate_windows
+from spaceexploreai.data.windows import DateRange, WindowDataset, forecast_windows
+from spaceexploreai.evaluation.paths import forecast_of_samples
+from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor
+from spaceexploreai.modeling_spaceexplore import (
+    SpaceExploreForCausalLM,
+    SpaceExploreForClassification,
+    SpaceExploreForRegression,
+    SpaceExplorePreTrainedModel,
+)
+from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
+from spaceexploreai.train.sampling import ModelPaths
+
+HEADS = {one.__name__: one for one in (SpaceExploreForRegression, SpaceExploreForClassification)}
+LANGUAGE = SpaceExploreForCausalLM.__name__
+HISTORIES = 64  # that paths are sampled of at a time
+
+Forecaster = SpaceExploreForRegression | SpaceExploreForClassification | ModelPaths
+
+# Shapes: N windows, T steps, H horizons, Q quantile levels
+
+
+def load_checkpoint(
+    folder: str, head: type[SpaceExplorePreTrainedModel] = SpaceExploreForRegression
+) -> tuple[SpaceExplorePreTrainedModel, SpaceExploreFeatureExtractor]:
+    """Loads a checkpoint folder or Hub repository with one head, ready to forecast."""
+    extractor = SpaceExploreFeatureExtractor.from_pretrained(folder)
+    model, info = head.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        name = head.__name__.removeprefix("SpaceExploreFor")
+        raise ValueError(f"{folder} is no checkpoint of a {name}: it has no {min(info['missing_keys'])}")
+    return model.eval(), extractor
+
+
+def load_forecaster(
+    folder: str, num_samples: int = 64, seed: int = 0, device: str | None = None
+) -> tuple[Forecaster, SpaceExploreFeatureExtractor]:
+    """Loads a checkpoint with the head that it was trained with.
+
+    Args:
+        folder: checkpoint folder or Hub repository.
+        num_samples: paths that a causal language model draws from each day.
+        seed: of those paths.
+        device: where to compute; by default on an accelerator, if there is one.
+
+    Raises:
+        ValueError: the checkpoint has no head that forecasts prices, or there is no such device.
+    """
+    name = (SpaceExploreConfig.from_pretrained(folder).architectures or ["no head"])[0]
+    if name != LANGUAGE and name not in HEADS:
+        raise ValueError(f"{folder} forecasts no prices: it holds {name}, not one of {', '.join([*HEADS, LANGUAGE])}")
+    model, extractor = load_checkpoint(folder, HEADS.get(name, SpaceExploreForCausalLM))
+    model = model.to(find_device(device))
+    if name in HEADS:
+        return model, extractor
+    tokenizer = SpaceExploreTokenizer.from_pretrained(folder)
+    return ModelPaths(model, tokenizer, extractor.context_length, num_samples, seed), extractor
+
+
+def find_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def forecast_between(
+    model: Forecaster, extractor: SpaceExploreFeatureExtractor, series: list[EncodedSeries], within: DateRange
+) -> pd.DataFrame:
+    """Forecast table of every ticker and trading day of a range that has a whole context behind it."""
+    windows, origins = forecast_windows(series, extractor.context_length, within)
+    if isinstance(model, SpaceExploreForClassification):
+        (logits,) = predict(model, windows, "logits")
+        return extractor.class_table(origins, logits.double().softmax(dim=-1), model.config)
+    if isinstance(model, SpaceExploreForRegression):
+        return extractor.forecast_table(origins, *predict(model, windows, "mean", "quantiles"), model.config)
+    return extractor.forecast_table(origins, *sample(model, windows), model.config)
+
+
+@torch.inference_mode()
+def predict(
+    model: SpaceExplorePreTrainedModel, windows: WindowDataset, *outputs: str, batch_size: int = 256
+) -> list[torch.Tensor]:
+    """Outputs at the last step of each window, each (N, H, …)."""
+    loader = DataLoader(windows, batch_size=batch_size, collate_fn=collate_windows)
+    found = []
+    for batch in tqdm(loader, desc="forecasting", unit="batch", leave=False):
+        given = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        found.append([given[name][:, -1].cpu() for name in outputs])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def sample(paths: ModelPaths, windows: WindowDataset) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H) means and (N, H, Q) quantiles of the log-returns of sampled paths."""
+    horizons, levels, found = list(paths.config.horizons), list(paths.config.quantile_levels), []
+    starts = range(0, len(windows), HISTORIES)
+    for start in tqdm(starts, desc="sampling", unit="batch", leave=False):
+        histories = [history(windows, place) for place in range(start, min(start + HISTORIES, len(windows)))]
+        found.append(forecast_of_samples(paths(histories, horizons[-1]), horizons, levels))
+    mean, quantiles = zip(*found, strict=True)
+    return np.concatenate(mean), np.concatenate(quantiles)
+
+
+def history(windows: WindowDataset, place: int) -> EncodedSeries:
+    """What the window at a place shows."""
+    which, last = windows.ends[place]
+    one, steps = windows.series[which], slice(last + 1 - windows.context_length, last + 1)
+    return EncodedSeries(one.ticker, *(column[steps] for column in one[1:]))
