@@ -123,6 +123,15 @@ def make_labels(
     return np.nan_to_num(labels, copy=False, nan=IGNORE_INDEX)
 
 
+def network_inputs(one: EncodedSeries, steps: slice) -> dict[str, np.ndarray]:
+    """Steps of a history as a head takes them, without a batch: views of its arrays."""
+    return {
+        "past_values": one.values[steps],
+        "attention_mask": np.isfinite(one.close[steps]),
+        "scale": one.scale[steps],
+    }
+
+
 class WindowDataset(Dataset):
     """Windows as pairs (series, last step): slices of the encoded histories, never copies.
 
@@ -163,12 +172,7 @@ class WindowDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         which, end = self.ends[index]
         window = slice(max(end + 1 - self.context_length, 0), end + 1)
-        one = self.series[which]
-        example = {
-            "past_values": one.values[window],
-            "attention_mask": np.isfinite(one.close[window]),
-            "scale": one.scale[window],
-        }
+        example = network_inputs(self.series[which], window)
         if self.labels is not None:
             example["labels"] = self.labels[which][window]
             if self.supervised_steps < len(example["labels"]):
@@ -221,26 +225,57 @@ def supervised_windows(
     return WindowDataset(series, np.concatenate(ends), context_length, labels, stride if score_once else None)
 
 
-def forecast_windows(
-    series: list[EncodedSeries], context_length: int, within: DateRange
-) -> tuple[WindowDataset, pd.DataFrame]:
-    """One window for every (ticker, cutoff) of a date range that has a bar and a whole context behind it.
+class ForecastWindows(Dataset):
+    """What is to be forecast from.
 
-    Returns:
-        The windows without labels, and their (N,) origins `ticker, cutoff, scale`.
+    Args:
+        series: encoded tickers.
+        spans: (W, 3) integers, series index, first and last step of each window.
+        origins: (N,) rows `ticker, cutoff, scale, window, back`: the window that a cutoff lies in, and how many of
+            its steps are later ones.
+    """
+
+    def __init__(self, series: list[EncodedSeries], spans: np.ndarray, origins: pd.DataFrame):
+        self.series, self.spans, self.origins = series, spans, origins
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return network_inputs(*self.history(index))
+
+    def history(self, index: int) -> tuple[EncodedSeries, slice]:
+        which, first, last = self.spans[index]
+        return self.series[which], slice(first, last + 1)
+
+
+def forecast_windows(
+    series: list[EncodedSeries], context_length: int, within: DateRange, stride: int = 1
+) -> ForecastWindows:
+    """Windows with every (ticker, cutoff) of a date range that has a bar and a whole context behind it.
+
+    A network that forecasts at every step needs no window for each: with a stride, `stride` neighbouring cutoffs share
+    one, and see the last context_length - stride + 1 to context_length steps. Which do is settled by their distance
+    from the first bar of the ticker, so that neither the range nor what comes later changes a forecast.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such cutoff, or the stride is not from 1 to context_length.
     """
-    ends, origins = [], []
+    if not 1 <= stride <= context_length:
+        raise ValueError(f"stride must be from 1 to the context_length of {context_length}, got {stride}")
+    spans, origins, count = [], [], 0
     for which, one in enumerate(series):
         inside = (one.dates >= within.start.to_datetime64()) & (one.dates <= within.end.to_datetime64()) & one.traded
-        last = np.flatnonzero(inside & (np.arange(len(one.dates)) >= context_length - 1))
-        ends.append(np.stack([np.full_like(last, which), last], axis=1))
-        origins.append(pd.DataFrame({"ticker": one.ticker, "cutoff": one.dates[last], "scale": one.scale[last]}))
-    if not sum(map(len, ends)):
+        steps = np.flatnonzero(inside & (np.arange(len(one.dates)) >= context_length - 1))
+        blocks, window = np.unique(steps // stride, return_inverse=True)
+        last = steps[np.flatnonzero(np.diff(window, append=len(blocks)))]  # of each block
+        spans.append(np.stack([np.full_like(last, which), (blocks + 1) * stride - context_length, last], axis=1))
+        known = {"ticker": one.ticker, "cutoff": one.dates[steps], "scale": one.scale[steps]}
+        origins.append(pd.DataFrame({**known, "window": count + window, "back": last[window] - steps}))
+        count += len(blocks)
+    if not count:
         raise ValueError(
             f"no ticker has {context_length} bars of context at any date between "
             f"{within.start.date()} and {within.end.date()}"
         )
-    return WindowDataset(series, np.concatenate(ends), context_length), pd.concat(origins, ignore_index=True)
+    return ForecastWindows(series, np.concatenate(spans), pd.concat(origins, ignore_index=True))

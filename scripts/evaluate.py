@@ -5,11 +5,14 @@
 
 The model may be a regression, a classification, or a causal language model, of which --num-samples paths are drawn
 from every day. Forecasts from every trading day between --start and --end, and writes the forecast table and, beside
-it, metrics.json and metrics_by_*.json. By default it starts after the last date that any choice of the training was
-made on. Before it scores, it makes some forecasts again from prices with another future, and stops if one changes.
+it, metrics.json, metrics_by_*.json, and a report for people, report.html and report.md. By default it starts after the
+last date that any choice of the training was made on. Before it scores, it makes some forecasts again from prices with
+another future, and stops if one changes.
 """
 
+import argparse
 import json
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,16 @@ import pandas as pd
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import load_prices
+from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
-from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, make_labels
+from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, forecast_windows, make_labels
 from spaceexploreai.evaluation.baselines import Training, add_baselines
 from spaceexploreai.evaluation.classes import score_classes
+from spaceexploreai.evaluation.internals import expert_load, words_of
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.metrics import add_outcomes, format_scores, score, score_by
-from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor, parse_date
+from spaceexploreai.evaluation.report import Report, example_of, pictures_of, report_files
+from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor, parse_date
 from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
 from spaceexploreai.train.arguments import command, make_parser
 from spaceexploreai.train.sampling import ModelPaths
@@ -31,6 +37,8 @@ from spaceexploreai.train.sampling import ModelPaths
 GROUPS = ("year", "regime", "ticker")
 # What the leak check forecasts again, six times.
 CHECKED_TICKERS, CHECKED_DAYS = 3, 60
+SHOWN_TICKERS = 20
+ROUTED_WINDOWS = 256  # that the load of the experts is shown of
 
 
 def scored_range(
@@ -59,10 +67,18 @@ def forecast_range(
     prices: pd.DataFrame,
     within: DateRange,
     baselines: str = "fast",
+    stride: int | None = None,
+    series: list[EncodedSeries] | None = None,
 ) -> pd.DataFrame:
-    """Forecast table of every ticker and trading day of the range, with outcomes, where known, and baselines."""
-    series = extractor.encode(prices)
-    table = forecast_between(model, extractor, series, within)
+    """Forecast table of every ticker and trading day of the range, with outcomes, where known, and baselines.
+
+    Args:
+        baselines: "fast" or "all", see `add_baselines`.
+        stride: days forecast from one window, see `forecast_between`.
+        series: the prices encoded, if they are already.
+    """
+    series = extractor.encode(prices) if series is None else series
+    table = forecast_between(model, extractor, series, within, stride)
     training = training_of(model.config, extractor, prices, series) if baselines == "all" else None
     return add_baselines(add_outcomes(table, prices), prices, baselines, training)
 
@@ -121,18 +137,53 @@ def write_groups(groups: pd.DataFrame, by: str, path: str | Path) -> None:
     write_json({str(group): report_of(rows.drop(columns=by)) for group, rows in groups}, path)
 
 
-def describe_range(within: DateRange, forecasts: pd.DataFrame, config: SpaceExploreConfig) -> str:
-    said = f"cutoffs {within.start.date()} to {within.end.date()}, {forecasts['ticker'].nunique()} tickers"
+def notices_of(within: DateRange, config: SpaceExploreConfig) -> list[str]:
+    """What must be known before any number is read."""
     first = within.start.date().isoformat()
     if (config.train_cutoff or "") >= first:
-        return f"{said}\n\nIN SAMPLE: the model was trained to {config.train_cutoff}; this is no evaluation.\n"
+        return [f"IN SAMPLE: the model was trained to {config.train_cutoff}; this is no evaluation."]
     if (config.selection_cutoff or "") >= first:
-        return f"{said}\n\nNOT UNSEEN: the model was chosen by dates to {config.selection_cutoff}, which flatter it.\n"
-    return said
+        return [f"NOT UNSEEN: the model was chosen by dates to {config.selection_cutoff}, which flatter it."]
+    return []
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
+def facts_of(
+    args: argparse.Namespace, config: SpaceExploreConfig, within: DateRange, forecasts: pd.DataFrame
+) -> dict[str, str]:
+    tickers = forecasts["ticker"].unique()
+    more = ", …" if len(tickers) > SHOWN_TICKERS else ""
+    return {
+        "checkpoint": f"{args.model}, trained to {config.train_cutoff}, chosen by dates to {config.selection_cutoff}",
+        "dates": f"cutoffs {within.start.date()} to {within.end.date()}",
+        "tickers": f"{len(tickers)}: {', '.join(tickers[:SHOWN_TICKERS])}{more}",
+        "data": str(args.prices or "the embedded sample"),
+    }
+
+
+def inside_of(
+    model: Forecaster,
+    extractor: SpaceExploreFeatureExtractor,
+    series: list[EncodedSeries],
+    within: DateRange,
+    forecasts: pd.DataFrame,
+) -> dict:
+    """Words and the load of the experts, of networks that have them, for `pictures_of`."""
+    if isinstance(model, ModelPaths):
+        return {}
+    row, context = example_of(forecasts).iloc[0], extractor.context_length
+    (one,) = (one for one in series if one.ticker == row["ticker"])
+    windows = forecast_windows(series, context, within, context)
+    some = np.unique(np.linspace(0, len(windows) - 1, ROUTED_WINDOWS).round().astype(int))
+    batch = {name: tensor.to(model.device) for name, tensor in collate_windows([windows[i] for i in some]).items()}
+    return {"words": words_of(model, one, row["cutoff"], context), "load": expert_load(model, batch)}
+
+
+def write_report(report: Report, folder: Path) -> None:
+    for name, content in report_files(report).items():
+        write_atomically(folder / name, methodcaller("write_bytes", content))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
     parser.add_argument("--start", help="first cutoff (YYYY-MM-DD); default: after everything the training saw")
@@ -143,32 +194,44 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--by", nargs="*", choices=GROUPS, default=[], help="score each of these by itself too")
     parser.add_argument(
+        "--stride", type=int, help="days forecast from one window; 1 is slow and exact; default: a quarter of it"
+    )
+    parser.add_argument(
         "--num-samples", type=int, default=64, help="paths of a causal language model; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="of those paths; default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda, mps …; default: an accelerator if there is one")
-    parser.add_argument("--output", required=True, help="forecast table to write, .parquet or .csv")
-    args = parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, required=True, help="forecast table to write, .parquet or .csv")
+    return parser.parse_args(argv)
 
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     check_suffix(args.output, ".parquet", ".csv")
     model, extractor = load_forecaster(args.model, args.num_samples, args.seed, args.device)
     prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)
     refuse_leaks(model, extractor, prices, within)
-    forecasts = forecast_range(model, extractor, prices, within, args.baselines)
+    series = extractor.encode(prices)
+    forecasts = forecast_range(model, extractor, prices, within, args.baselines, args.stride, series)
     score_table = score_classes if "band" in forecasts else score
-    scores = score_table(forecasts)
+    scores, groups = score_table(forecasts), {by: score_by(forecasts, by, score_table) for by in args.by}
     if args.allow_in_sample and model.config.train_cutoff is not None:
         forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)
+    facts, notices = facts_of(args, model.config, within, forecasts), notices_of(within, model.config)
+    pictures = pictures_of(forecasts, prices, **inside_of(model, extractor, series, within, forecasts))
+    report = Report(f"Forecasts of {Path(args.model).name}", facts, scores, notices, pictures, groups)
+
     write_table(forecasts, args.output)
     names = ["metrics.json", *(f"metrics_by_{by}.json" for by in args.by)]
-    paths = [Path(args.output).with_name(name) for name in names]
+    paths = [args.output.with_name(name) for name in names]
     write_metrics(scores, paths[0])
-    for by, path in zip(args.by, paths[1:], strict=True):
-        write_groups(score_by(forecasts, by, score_table), by, path)
-    print(describe_range(within, forecasts, model.config))
-    print(format_scores(scores))
-    print(f"wrote {args.output}, {', '.join(map(str, paths))}")
+    for (by, table), path in zip(groups.items(), paths[1:], strict=True):
+        write_groups(table, by, path)
+    write_report(report, args.output.parent)
+    print(*(f"{name}: {value}" for name, value in facts.items()), *notices, format_scores(scores), sep="\n")
+    print(f"wrote {', '.join(map(str, (args.output, *paths, args.output.with_name('report.html'))))}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.windows import DateRange, WindowDataset, forecast_windows
+from spaceexploreai.data.windows import DateRange, ForecastWindows, forecast_windows
 from spaceexploreai.evaluation.paths import forecast_of_samples
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import (
@@ -77,44 +77,51 @@ def find_device(name: str | None) -> torch.device:
 
 
 def forecast_between(
-    model: Forecaster, extractor: SpaceExploreFeatureExtractor, series: list[EncodedSeries], within: DateRange
+    model: Forecaster,
+    extractor: SpaceExploreFeatureExtractor,
+    series: list[EncodedSeries],
+    within: DateRange,
+    stride: int | None = None,
 ) -> pd.DataFrame:
-    """Forecast table of every ticker and trading day of a range that has a whole context behind it."""
-    windows, origins = forecast_windows(series, extractor.context_length, within)
+    """Forecast table of every ticker and trading day of a range that has a whole context behind it.
+
+    Args:
+        stride: days forecast from one window (see `forecast_windows`), by default a quarter of the context; sampled
+            paths start at the end of a window, and each day has its own.
+    """
+    if isinstance(model, ModelPaths):
+        windows = forecast_windows(series, extractor.context_length, within)
+        return extractor.forecast_table(windows.origins, *sample(model, windows), model.config)
+    stride = max(extractor.context_length // 4, 1) if stride is None else stride
+    windows = forecast_windows(series, extractor.context_length, within, stride)
     if isinstance(model, SpaceExploreForClassification):
         (logits,) = predict(model, windows, "logits")
-        return extractor.class_table(origins, logits.double().softmax(dim=-1), model.config)
-    if isinstance(model, SpaceExploreForRegression):
-        return extractor.forecast_table(origins, *predict(model, windows, "mean", "quantiles"), model.config)
-    return extractor.forecast_table(origins, *sample(model, windows), model.config)
+        return extractor.class_table(windows.origins, logits.double().softmax(dim=-1), model.config)
+    return extractor.forecast_table(windows.origins, *predict(model, windows, "mean", "quantiles"), model.config)
 
 
 @torch.inference_mode()
 def predict(
-    model: SpaceExplorePreTrainedModel, windows: WindowDataset, *outputs: str, batch_size: int = 256
+    model: SpaceExplorePreTrainedModel, windows: ForecastWindows, *outputs: str, batch_size: int = 256
 ) -> list[torch.Tensor]:
-    """Outputs at the last step of each window, each (N, H, …)."""
+    """Outputs at each origin of the windows, (N, H, …)."""
     loader = DataLoader(windows, batch_size=batch_size, collate_fn=collate_windows)
+    batches = windows.origins.groupby(windows.origins["window"] // batch_size)[["window", "back"]]
     found = []
-    for batch in tqdm(loader, desc="forecasting", unit="batch", leave=False):
+    for batch, (_, rows) in zip(tqdm(loader, desc="forecasting", unit="batch", leave=False), batches, strict=True):
         given = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        found.append([given[name][:, -1].cpu() for name in outputs])
+        window, back = torch.tensor(rows.to_numpy()).T
+        found.append([given[name][window % batch_size, -1 - back].cpu() for name in outputs])
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def sample(paths: ModelPaths, windows: WindowDataset) -> tuple[np.ndarray, np.ndarray]:
+def sample(paths: ModelPaths, windows: ForecastWindows) -> tuple[np.ndarray, np.ndarray]:
     """(N, H) means and (N, H, Q) quantiles of the log-returns of sampled paths."""
     horizons, levels, found = list(paths.config.horizons), list(paths.config.quantile_levels), []
     starts = range(0, len(windows), HISTORIES)
     for start in tqdm(starts, desc="sampling", unit="batch", leave=False):
-        histories = [history(windows, place) for place in range(start, min(start + HISTORIES, len(windows)))]
+        shown = [windows.history(place) for place in range(start, min(start + HISTORIES, len(windows)))]
+        histories = [EncodedSeries(one.ticker, *(column[steps] for column in one[1:])) for one, steps in shown]
         found.append(forecast_of_samples(paths(histories, horizons[-1]), horizons, levels))
     mean, quantiles = zip(*found, strict=True)
     return np.concatenate(mean), np.concatenate(quantiles)
-
-
-def history(windows: WindowDataset, place: int) -> EncodedSeries:
-    """What the window at a place shows."""
-    which, last = windows.ends[place]
-    one, steps = windows.series[which], slice(last + 1 - windows.context_length, last + 1)
-    return EncodedSeries(one.ticker, *(column[steps] for column in one[1:]))

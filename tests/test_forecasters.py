@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss
 
 from spaceexploreai.data.prices import read_prices
-from spaceexploreai.data.windows import DateRange
+from spaceexploreai.data.windows import DateRange, forecast_windows
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.paths import forecast_of_samples
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
 from spaceexploreai.scripts import evaluate, forecast
 from spaceexploreai.scripts.evaluate import forecast_range
-from spaceexploreai.scripts.forecasters import load_forecaster
+from spaceexploreai.scripts.forecasters import forecast_between, load_forecaster
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.sft import save_checkpoint, train
 
@@ -55,7 +55,7 @@ def run(checkpoint, market, output, *options: str) -> tuple[pd.DataFrame, dict]:
 
 def test_classes_are_those_of_the_network_on_the_newest_window(classifier, prices):
     model, extractor = load_forecaster(classifier)
-    table = forecast_range(model, extractor, prices, last_days(prices, 5))
+    table = forecast_range(model, extractor, prices, last_days(prices, 5), stride=1)
     day = prices["date"].unique()[-3]
     direct = SpaceExploreForClassification.from_pretrained(classifier).eval()
     inputs = SpaceExploreFeatureExtractor.from_pretrained(classifier)(prices, as_of=day)
@@ -76,8 +76,30 @@ def test_scores_of_classes_are_those_of_scikit_learn(classifier, market, tmp_pat
         accuracy_score(true, known[PROBABILITIES].to_numpy().argmax(axis=1))
     )
     assert "log-loss skill over ewma" in capsys.readouterr().out
+    assert "Experts" in (tmp_path / "report.md").read_text()
     for group, names in {"year": {"2006"}, "regime": {"calm", "normal", "wild"}}.items():
         assert set(json.loads((tmp_path / f"metrics_by_{group}.json").read_text())) == names
+
+
+# --- several days from one window ---
+
+
+@pytest.mark.parametrize("stride", [1, 5, None])
+def test_forecasts_of_a_window_are_those_of_its_beginning(checkpoint, uneven, stride):
+    """Each day's is what the network says at the end of what it was shown of the days before, and of none after."""
+    prices = read_prices(uneven)
+    model, extractor = load_forecaster(checkpoint)
+    series, within = extractor.encode(prices), last_days(prices, 40)
+    table = forecast_between(model, extractor, series, within, stride).set_index(["ticker", "cutoff"])
+    windows = forecast_windows(series, extractor.context_length, within, stride or extractor.context_length // 4)
+    for row in windows.origins.iloc[::7].itertuples():
+        example = windows[row.window]
+        shown = {name: torch.from_numpy(array[: len(array) - row.back])[None] for name, array in example.items()}
+        with torch.no_grad():
+            expected = model(**shown)
+        found = table.loc[(row.ticker, row.cutoff)]
+        np.testing.assert_allclose(found["mean"], expected.mean[0, -1], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[QUANTILES], expected.quantiles[0, -1], rtol=1e-4, atol=1e-6)
 
 
 # --- causal language model ---
@@ -121,6 +143,7 @@ def test_a_language_model_is_scored_like_a_regression(language_model, market, tm
     start = ["--start", "2006-06-01", "--end", "2006-07-14", "--num-samples", "16"]
     table, metrics = run(language_model, market, tmp_path / "one.parquet", *start)
     assert (np.diff(table[QUANTILES], axis=1) >= 0).all()
+    assert "Calibration" in (tmp_path / "report.md").read_text()
     assert metrics["5"]["crps"]["model"] > 0
     again, _ = run(language_model, market, tmp_path / "again.parquet", *start)
     pd.testing.assert_frame_equal(table, again)

@@ -23,7 +23,9 @@ def make_prices() -> pd.DataFrame:
     frames = []
     for ticker in TICKERS:
         close = 100 * np.exp(np.cumsum(rng.normal(scale=0.02, size=len(DATES))))
-        bars = dict.fromkeys(["open", "high", "low", "close"], close)
+        open_ = close * np.exp(rng.normal(scale=0.01, size=len(DATES)))
+        high, low = np.maximum(open_, close) * 1.004, np.minimum(open_, close) * 0.996
+        bars = {"open": open_, "high": high, "low": low, "close": close}
         frames.append(pd.DataFrame({"ticker": ticker, "date": DATES, **bars, "volume": 1.0}))
     return pd.concat(frames, ignore_index=True)
 
@@ -62,6 +64,16 @@ def saved(figure: Figure) -> BytesIO:
     return file
 
 
+def words_to(cutoff: int) -> list[dict]:
+    """Three patches of 12 days that overlap by 4, the newest ending on the cutoff; places among `DATES`."""
+    said = [("surge", 0.9), ("slip", 0.5), ("flat", 0.7)]
+    starts = [cutoff - 11 - 8 * age for age in (2, 1, 0)]
+    return [
+        {"start": DATES[start], "end": DATES[start + 11], "word": word, "probability": sure}
+        for start, (word, sure) in zip(starts, said, strict=True)
+    ]
+
+
 def lines(axes) -> dict[str, np.ndarray]:
     return {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
 
@@ -83,7 +95,6 @@ def test_plot_forecast_draws_the_newest_cutoff_in_prices():
     closes = PRICES[PRICES["ticker"] == "BBB"]["close"].to_numpy()
     newest = FORECASTS[(FORECASTS["ticker"] == "BBB") & (FORECASTS["cutoff"] == DATES[129])]
     drawn_lines = lines(axes)
-    np.testing.assert_allclose(drawn_lines["close"], np.column_stack([np.arange(-39, 1), closes[90:130]]))
     np.testing.assert_allclose(drawn_lines["realised"], np.column_stack([np.arange(1, 11), closes[130:140]]))
     median = closes[129] * np.exp([0, *newest["q0.5"]])
     np.testing.assert_allclose(drawn_lines["median"], np.column_stack([[0, 1, 2, 5, 10], median]))
@@ -92,10 +103,81 @@ def test_plot_forecast_draws_the_newest_cutoff_in_prices():
     assert (
         axes.get_title() == f"BBB: forecast from the close of {DATES[129]:%Y-%m-%d}\nP(up after 10 trading days) = 38%"
     )
-    bands = {band.get_label(): band.get_datalim(axes.transData) for band in axes.collections}
+    bands = {band.get_label(): band.get_datalim(axes.transData) for band in axes.collections[1:]}
     assert list(bands) == ["90% interval", "80% interval", "50% interval"]
     assert bands["50% interval"].y1 == pytest.approx(closes[129] * np.exp(newest["q0.75"].max()))
     assert bands["90% interval"].y0 == pytest.approx(closes[129] * np.exp(newest["q0.05"].min()))
+
+
+def test_plot_forecast_draws_a_candle_for_each_bar_to_the_cutoff():
+    (axes,) = plots.plot_forecast(FORECASTS, PRICES, "BBB", history=40).axes
+    bars = PRICES[(PRICES["ticker"] == "BBB") & PRICES["date"].between(DATES[90], DATES[129])]
+    reach = np.array([line[:, 1] for line in axes.collections[0].get_segments()])
+    np.testing.assert_allclose(reach, bars[["low", "high"]])
+    bodies = {container.get_label(): container.patches for container in axes.containers}
+    assert {name: body[0].get_facecolor()[:3] for name, body in bodies.items()} == {
+        "day that rose": (1, 1, 1),
+        "day that fell": (0.45, 0.45, 0.45),
+    }
+    place = {round(box.get_x() + box.get_width() / 2): (name, box) for name in bodies for box in bodies[name]}
+    assert sorted(place) == list(range(-39, 1))
+    for day, (first, last) in enumerate(zip(bars["open"], bars["close"], strict=True), -39):
+        name, box = place[day]
+        assert name == ("day that rose" if last >= first else "day that fell")
+        assert sorted([box.get_y(), box.get_y() + box.get_height()]) == pytest.approx(sorted([first, last]))
+
+
+def test_plot_forecast_puts_each_word_under_its_days():
+    axes, strip = plots.plot_forecast(FORECASTS, PRICES, "BBB", history=40, words=words_to(129)).axes
+    assert [text.get_text() for text in strip.texts] == ["surge 90%", "slip 50%", "flat 70%"]
+    boxes = [(box.get_x(), box.get_x() + box.get_width()) for box in strip.patches]
+    np.testing.assert_allclose(boxes, [(-27.5, -15.5), (-19.5, -7.5), (-11.5, 0.5)])
+    rows = [round(box.get_y() + box.get_height() / 2) for box in strip.patches]
+    assert rows == [0, 1, 0]  # those that overlap are not drawn over each other
+    assert strip.get_xlim() == axes.get_xlim()
+    assert f"{DATES[129]:%Y-%m-%d}" in [label.get_text() for label in strip.get_xticklabels()]
+
+
+def test_words_that_begin_before_the_chart_are_left_out_and_later_ones_refused():
+    _, strip = plots.plot_forecast(FORECASTS, PRICES, "BBB", history=25, words=words_to(129)).axes
+    assert [text.get_text() for text in strip.texts] == ["slip 50%", "flat 70%"]
+    with pytest.raises(ValueError, match="the word 'flat' is of days after the cutoff"):
+        plots.plot_forecast(FORECASTS, PRICES, "BBB", words=words_to(130))
+
+
+@pytest.mark.parametrize("ticker", [r"$\nothing{$", "<b>&amp;"])
+def test_a_ticker_is_text_not_a_formula(ticker):
+    prices, forecasts = (table.replace({"ticker": {"AAA": ticker}}) for table in (PRICES, FORECASTS))
+    figures = plots.plot_forecast(forecasts, prices, ticker), plots.plot_predicted_vs_actual(forecasts)
+    assert figures[0].axes[0].get_title().startswith(ticker)
+    assert ticker in [axes.get_ylabel().split("\n")[0] for axes in figures[1].axes]
+    for figure in figures:
+        assert saved(figure).getvalue().startswith(b"\x89PNG")
+
+
+def test_a_horizon_of_one_day_has_one_date_under_the_fan():
+    """The dates of the cutoff and of the next day would be written over each other."""
+    (axes,) = plots.plot_forecast(FORECASTS[FORECASTS["horizon"] == 1], PRICES, "AAA").axes
+    assert axes.get_title().endswith("P(up after 1 trading day) = 38%")
+    assert axes.get_xticks().tolist() == [-12, -24, -36, -48, 1]
+
+
+def test_a_notice_stands_once_above_the_whole_figure():
+    figure = plots.plot_predicted_vs_actual(FORECASTS)
+    title = figure.get_suptitle()
+    notice = "IN SAMPLE: " + "the model was trained on these dates, which is no evaluation, " * 3
+    for _ in range(2):
+        plots.stamp(figure, [notice, "second $"])
+    *first, second, last = figure.get_suptitle().split("\n")
+    assert " ".join(first) == notice.strip()
+    assert (second, last) == ("second $", title)
+    figure.draw_without_rendering()
+    written = figure._suptitle.get_window_extent()
+    assert written.x0 >= 0
+    assert written.x1 <= pixels(figure)[0]
+    assert written.y0 >= max(axes.get_tightbbox().y1 for axes in figure.axes)
+    untouched = plots.stamp(plots.plot_predicted_vs_actual(FORECASTS), [])
+    assert untouched.get_suptitle() == title
 
 
 def test_plot_forecast_ticks_are_real_dates():
@@ -109,12 +191,12 @@ def test_plot_forecast_of_the_last_bar_has_nothing_realised():
     known = PRICES[PRICES["date"] <= DATES[129]]
     (axes,) = plots.plot_forecast(FORECASTS, known, "AAA", history=500).axes
     assert "realised" not in lines(axes)
-    assert len(lines(axes)["close"]) == 130
+    assert sum(map(len, axes.containers)) == 130
 
 
-def test_plot_forecast_shows_sixty_closes_by_default():
+def test_plot_forecast_shows_sixty_days_by_default():
     (axes,) = plots.plot_forecast(FORECASTS, PRICES, "AAA").axes
-    np.testing.assert_array_equal(lines(axes)["close"][:, 0], np.arange(-59, 1))
+    np.testing.assert_array_equal([line[0, 0] for line in axes.collections[0].get_segments()], np.arange(-59, 1))
 
 
 def test_plot_forecast_is_a_png_of_known_size():
@@ -131,7 +213,8 @@ def test_figures_name_what_they_draw_once():
     fan = plots.plot_forecast(FORECASTS, PRICES, "AAA")
     names = [text.get_text() for text in fan.legends[0].get_texts()]
     intervals = ["90% interval", "80% interval", "50% interval"]
-    assert sorted(names) == sorted(["close", "realised", "median", "90% interval, ewma baseline", *intervals])
+    candles = ["day that rose", "day that fell"]
+    assert sorted(names) == sorted([*candles, "realised", "median", "90% interval, ewma baseline", *intervals])
     compare = plots.plot_predicted_vs_actual(FORECASTS)
     names = [text.get_text() for text in compare.legends[0].get_texts()]
     interval = "90% interval, predicted"
@@ -155,15 +238,15 @@ def test_plot_predicted_vs_actual_draws_percent_at_the_middle_horizon():
     assert scatter.get_title() == f"tickers: 5, forecasts: {len(everyone)}\ncorrelation: {correlation:+.3f}"
     identity = lines(scatter)["predicted = realised"]
     np.testing.assert_array_equal(identity[:, 0], identity[:, 1])
-    np.testing.assert_allclose(pixels(figure), (2100, 1560))
-    assert imread(saved(figure)).shape[:2] == (1560, 2100)
+    np.testing.assert_allclose(pixels(figure), (1500, 1260))
+    assert imread(saved(figure)).shape[:2] == (1260, 1500)
 
 
 def test_plot_predicted_vs_actual_of_one_ticker_and_a_constant_mean():
     figure = plots.plot_predicted_vs_actual(FORECASTS[FORECASTS["ticker"] == "AAA"].assign(mean=0.0))
     assert figure.axes[-1].get_title().endswith("correlation: undefined (constant)")
-    np.testing.assert_allclose(pixels(figure), (2100, 825))
-    assert imread(saved(figure)).shape[:2] == (825, 2100)
+    np.testing.assert_allclose(pixels(figure), (1500, 675))
+    assert imread(saved(figure)).shape[:2] == (675, 1500)
 
 
 def test_plot_predicted_vs_actual_leaves_out_the_unknown():

@@ -53,7 +53,7 @@ def test_the_scores_are_those_of_the_evaluation(tmp_path, market):
     table = report.forecast_table(task, trainer.predict(task.validation), data)
     prices = read_prices(market)
     within = DateRange(table["cutoff"].min(), table["cutoff"].max())
-    expected = forecast_range(trainer.model.eval(), data.extractor, prices, within)
+    expected = forecast_range(trainer.model.eval(), data.extractor, prices, within, stride=1)
     both = table.merge(expected, on=["ticker", "cutoff", "horizon"], suffixes=("", "_expected"))
     assert len(both) == len(table) == len(expected)
     np.testing.assert_allclose(both["y"], both["y_expected"], rtol=1e-5, atol=1e-7)

@@ -123,7 +123,7 @@ def test_evaluate_starts_after_everything_the_training_saw(tmp_path, checkpoint,
 
 def test_evaluate_and_forecast_agree_on_the_newest_day(tmp_path, checkpoint, market):
     output = tmp_path / "forecasts.parquet"
-    evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output)])
+    evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output), "--stride", "1"])
     table = pd.read_parquet(output)
     newest = forecast_newest(*load_checkpoint(checkpoint), read_prices(market))
     last = table[table["cutoff"] == table["cutoff"].max()]

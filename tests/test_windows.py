@@ -375,8 +375,9 @@ def test_dataset_crosses_to_another_process():
 
 
 @settings(deadline=None, max_examples=25)
-@given(markets(), st.integers(1, 60), st.tuples(st.integers(0, 159), st.integers(0, 159)).map(sorted))
-def test_every_day_with_a_whole_context_is_forecast_once(series, context, bounds):
+@given(st.data(), markets(), st.integers(1, 60), st.tuples(st.integers(0, 159), st.integers(0, 159)).map(sorted))
+def test_every_day_with_a_whole_context_is_forecast_once(data, series, context, bounds):
+    stride = data.draw(st.integers(1, context))
     within = DateRange(DAYS[bounds[0]], DAYS[bounds[1]])
     expected = [
         (one.ticker, date)
@@ -386,27 +387,55 @@ def test_every_day_with_a_whole_context_is_forecast_once(series, context, bounds
     ]
     if not expected:
         with pytest.raises(ValueError, match=f"no ticker has {context} bars of context"):
-            forecast_windows(series, context, within)
+            forecast_windows(series, context, within, stride)
         return
-    dataset, origins = forecast_windows(series, context, within)
-    assert list(origins.columns) == ["ticker", "cutoff", "scale"]
+    dataset = forecast_windows(series, context, within, stride)
+    origins = dataset.origins
     assert list(zip(origins["ticker"], origins["cutoff"].to_numpy(), strict=True)) == expected
     pd.testing.assert_index_equal(origins.index, pd.RangeIndex(len(expected)), exact=True)
-    assert len(dataset) == len(origins)
-    for (which, end), example, (ticker, date) in zip(dataset.ends, dataset, expected, strict=True):
-        assert (series[which].ticker, series[which].dates[end]) == (ticker, date)
-        assert sorted(example) == ["attention_mask", "past_values", "scale"]
-        np.testing.assert_array_equal(
-            example["attention_mask"], ~np.isnan(series[which].close[end + 1 - context : end + 1])
-        )
-        assert np.shares_memory(example["past_values"], series[which].values)
-        np.testing.assert_array_equal(example["past_values"], series[which].values[end + 1 - context : end + 1])
-        np.testing.assert_array_equal(example["scale"], series[which].scale[end + 1 - context : end + 1])
+    by_ticker = {one.ticker: one for one in series}
+    for row in origins.itertuples():
+        one, example = by_ticker[row.ticker], dataset[row.window]
+        step = np.searchsorted(one.dates, row.cutoff.to_datetime64())
+        first = len(example["scale"]) - 1 - row.back
+        seen = slice(step - first, step + 1)
+        assert context - stride < first + 1 <= context
+        assert row.scale == one.scale[step]
+        shown = {name: array[: first + 1] for name, array in example.items()}
+        assert sorted(shown) == ["attention_mask", "past_values", "scale"]
+        np.testing.assert_array_equal(shown["attention_mask"], ~np.isnan(one.close[seen]))
+        np.testing.assert_array_equal(shown["past_values"], one.values[seen])
+        np.testing.assert_array_equal(shown["scale"], one.scale[seen])
+        assert np.shares_memory(example["past_values"], one.values)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), markets(), st.integers(1, 60), st.integers(0, 159), st.integers(0, 159))
+def test_a_cutoff_sees_the_same_steps_whatever_the_range_and_the_future(data, series, context, first, last):
+    """Else the forecast of a day would change with the days that are scored, or with what came after it."""
+    stride = data.draw(st.integers(1, context))
+    within = DateRange(DAYS[min(first, last)], DAYS[max(first, last)])
+    try:
+        narrow = forecast_windows(series, context, within, stride)
+    except ValueError:
+        return
+    known = [EncodedSeries(one.ticker, *(c[one.dates <= within.end] for c in one[1:])) for one in series]
+    for other in (forecast_windows(series, context, EVER, stride), forecast_windows(known, context, within, stride)):
+        same = narrow.origins[["ticker", "cutoff"]].merge(other.origins, validate="1:1")
+        for wanted, found in zip(narrow.origins.itertuples(), same.itertuples(), strict=True):
+            seen, expected = other[found.window]["past_values"], narrow[wanted.window]["past_values"]
+            np.testing.assert_array_equal(seen[: len(seen) - found.back], expected[: len(expected) - wanted.back])
+
+
+@pytest.mark.parametrize("stride", [0, -1, 31])
+def test_a_stride_that_leaves_days_without_context_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stride must be from 1 to the context_length of 30, got {stride}"):
+        forecast_windows([make_series("AAA", range(160))], 30, EVER, stride)
 
 
 def test_the_newest_day_is_forecast():
     series = [make_series("AAA", range(160)), make_series("BBB", range(90))]
-    _, origins = forecast_windows(series, 30, EVER)
+    origins = forecast_windows(series, 30, EVER).origins
     assert origins.groupby("ticker")["cutoff"].max().to_dict() == {"AAA": DAYS[159], "BBB": DAYS[89]}
     assert origins["cutoff"].dtype == "datetime64[ns]"
 
