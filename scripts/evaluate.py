@@ -148,15 +148,16 @@ def notices_of(within: DateRange, config: SpaceExploreConfig) -> list[str]:
 
 
 def facts_of(
-    args: argparse.Namespace, config: SpaceExploreConfig, within: DateRange, forecasts: pd.DataFrame
+    name: str, source: str | None, config: SpaceExploreConfig, within: DateRange, forecasts: pd.DataFrame
 ) -> dict[str, str]:
+    """What was evaluated: the checkpoint of a name, on prices of a source."""
     tickers = forecasts["ticker"].unique()
     more = ", …" if len(tickers) > SHOWN_TICKERS else ""
     return {
-        "checkpoint": f"{args.model}, trained to {config.train_cutoff}, chosen by dates to {config.selection_cutoff}",
+        "checkpoint": f"{name}, trained to {config.train_cutoff}, chosen by dates to {config.selection_cutoff}",
         "dates": f"cutoffs {within.start.date()} to {within.end.date()}",
         "tickers": f"{len(tickers)}: {', '.join(tickers[:SHOWN_TICKERS])}{more}",
-        "data": str(args.prices or "the embedded sample"),
+        "data": source or "the embedded sample",
     }
 
 
@@ -179,6 +180,7 @@ def inside_of(
 
 
 def write_report(report: Report, folder: Path) -> None:
+    """Writes report.html and report.md with its pictures."""
     for name, content in report_files(report).items():
         write_atomically(folder / name, methodcaller("write_bytes", content))
 
@@ -219,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     scores, groups = score_table(forecasts), {by: score_by(forecasts, by, score_table) for by in args.by}
     if args.allow_in_sample and model.config.train_cutoff is not None:
         forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)
-    facts, notices = facts_of(args, model.config, within, forecasts), notices_of(within, model.config)
+    facts = facts_of(args.model, args.prices, model.config, within, forecasts)
+    notices = notices_of(within, model.config)
     pictures = pictures_of(forecasts, prices, **inside_of(model, extractor, series, within, forecasts))
     report = Report(f"Forecasts of {Path(args.model).name}", facts, scores, notices, pictures, groups)
 

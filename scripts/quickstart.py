@@ -2,8 +2,8 @@
 
     python scripts/quickstart.py [--tickers AAPL,MSFT] [--prices FILE_OR_DIR] [--num-train-epochs N]
 
-Without --prices it uses the embedded sample and needs no network. Writes outputs/quickstart/{model/,
-forecasts.parquet, metrics.json, forecast.png, predicted_vs_actual.png}.
+Without --prices it uses the embedded sample and needs no network. Writes outputs/quickstart/{model/, report.html,
+report.md, forecasts.parquet, metrics.json, forecast.png, predicted_vs_actual.png}.
 """
 
 import argparse
@@ -18,7 +18,16 @@ from spaceexploreai.data.cleaning import read_clean
 from spaceexploreai.data.prices import write_atomically, write_table
 from spaceexploreai.evaluation.metrics import format_scores, score
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
-from spaceexploreai.scripts.evaluate import forecast_range, scored_range, write_metrics
+from spaceexploreai.evaluation.report import Report, pictures_of
+from spaceexploreai.scripts.evaluate import (
+    facts_of,
+    forecast_range,
+    inside_of,
+    notices_of,
+    scored_range,
+    write_metrics,
+    write_report,
+)
 from spaceexploreai.scripts.forecast import forecast_newest, summarize
 from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import command, make_parser, parse_run
@@ -38,12 +47,15 @@ def train_tiny(args: argparse.Namespace, folder: Path) -> None:
         train_and_report(parse_run([*argv, "--output_dir", scratch]), folder)
 
 
-def write_results(folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame) -> list[Path]:
+def write_results(
+    folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame, report: Report
+) -> list[Path]:
     """Writes tables and pictures; the forecast table holds the test range and the newest day alike."""
-    names = ("forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png")
-    table, metrics, fan, history = paths = [folder / name for name in names]
+    names = ("report.html", "forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png")
+    _, table, metrics, fan, history = paths = [folder / name for name in names]
+    write_report(report, folder)
     write_table(forecasts, table)
-    write_metrics(score(forecasts), metrics)
+    write_metrics(report.scores, metrics)
     write_atomically(fan, plot_forecast(newest, prices, newest["ticker"].iloc[0]).savefig)
     write_atomically(history, plot_predicted_vs_actual(forecasts).savefig)
     return paths
@@ -67,13 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     model, extractor = load_checkpoint(args.output_dir / "model")
     within = scored_range(model.config, prices, start=None, end=None)
     print(f"[2/3] evaluating on {within.start.date()} to {within.end.date()}, which training never saw", flush=True)
-    forecasts = forecast_range(model, extractor, prices, within)
+    series = extractor.encode(prices)
+    forecasts = forecast_range(model, extractor, prices, within, series=series)
+    scores = score(forecasts)
+    facts = facts_of("recipes/tiny", args.prices, model.config, within, forecasts)
+    pictures = pictures_of(forecasts, prices, **inside_of(model, extractor, series, within, forecasts))
+    report = Report("Forecasts of the quickstart", facts, scores, notices_of(within, model.config), pictures)
 
     print("[3/3] forecasting the days after the newest bar", flush=True)
     newest = forecast_newest(model, extractor, prices)
-    paths = write_results(args.output_dir, forecasts, newest, prices)
+    paths = write_results(args.output_dir, forecasts, newest, prices, report)
 
-    print(f"\n{format_scores(score(forecasts))}\n\n{summarize(newest)}\n")
+    print(f"\n{format_scores(scores)}\n\n{summarize(newest)}\n")
     for path in (args.output_dir / "model", *paths):
         print(f"wrote {path}")
 
