@@ -29,7 +29,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME
 from spaceexploreai.data import prices, stocks
 from spaceexploreai.data.cleaning import KINDS, CleaningReport, Finding, clean
 from spaceexploreai.data.stocks import HISTORY, METADATA_NAME, STAGES, StocksConfig
-from spaceexploreai.data.windows import chronological_split
+from spaceexploreai.data.windows import DateRange
 from spaceexploreai.feature_extraction_spaceexplore import (
     VOLATILITY_BARS,
     EncodedSeries,
@@ -190,29 +190,29 @@ def merge_findings(findings: list[Finding]) -> list[Finding]:
 
 
 def fit(
-    client: "Client", config: StocksConfig, names: list[list[str]], end: pd.Timestamp
+    client: "Client", config: StocksConfig, names: list[list[str]], train: DateRange
 ) -> SpaceExploreFeatureExtractor:
     """The statistics that one process takes of the same tickers. Columns stay with the workers; each is fitted by one.
 
     Args:
         names: of every ticker with a bar.
-        end: last date of training.
+        train: dates of training.
     """
     extractor = config.make_extractor()
     if extractor.center is None:
         rows = np.unique(np.linspace(0, len(names) - 1, stocks.FIT_TICKERS).round().astype(int))
         groups = [list(chain(*(names[row] for row in group))) for group in stocks.groups_of(rows)]
-        parts = client.map(training_columns, groups, config=config, end=end, pure=False)
+        parts = client.map(training_columns, groups, config=config, train=train, pure=False)
         columns = [client.map(itemgetter(name), parts) for name in extractor.feature_names]
         fitted = client.map(fit_column, extractor.feature_names, columns, normalization=extractor.normalization)
         extractor.center, extractor.spread = map(list, zip(*client.gather(fitted), strict=True))
     return extractor
 
 
-def training_columns(names: list[str], config: StocksConfig, end: pd.Timestamp) -> dict[str, np.ndarray]:
+def training_columns(names: list[str], config: StocksConfig, train: DateRange) -> dict[str, np.ndarray]:
     with about(names):
         features = config.make_extractor().compute_features(read(config, names)[0])
-        return {name: column.to_numpy() for name, column in features[features["date"] <= end].items()}
+        return {name: column.to_numpy() for name, column in features[features["date"].between(*train)].items()}
 
 
 def fit_column(name: str, parts: list[np.ndarray], normalization: str) -> tuple[float, float]:
@@ -333,11 +333,11 @@ def build_folder(
     names = names_of_tickers(config)
     surveys = survey_market(client, config, list(names.values()), tickers_per_file)
     calendar = pd.Series(np.unique(np.concatenate([one.dates for one in surveys])))
-    split = chronological_split(calendar, config.horizons[-1], config.validation_fraction, config.test_fraction)
+    split = stocks.split_of(config, calendar)
     metadata = {**stocks.describe(config, split), "cleaning": merge_reports(surveys).to_dict()}
     market = Market(config, config.make_extractor(), metadata, list_series(surveys))
     shards = make_shards(market, stages, names, tickers_per_file)
-    extractor = fit(client, config, [names[ticker] for one in surveys for ticker in one.bars], split.train.end)
+    extractor = fit(client, config, [names[ticker] for one in surveys for ticker in one.bars], split.train)
     jobs = [(shard.names, (config, extractor, shard, folder.absolute())) for shard in shards]
     check_filled(run(client, write_shard, jobs))
     for part in folder.glob("*/.*"):  # of a worker that died over it

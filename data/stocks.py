@@ -95,6 +95,8 @@ class StocksConfig(BuilderConfig):
         normalization, context_length, calendar: of a new extractor.
         horizons: bars ahead; the longest is the purge between splits and the length of preference paths.
         validation_fraction, test_fraction: of the dates.
+        train_start: first date (YYYY-MM-DD) that is trained on, and that statistics are taken of; what is before it is
+            context. All by default.
         target: what the labels are, of `TARGETS`.
         stride: steps between windows (`sft`).
         pair_tickers: comma-separated tickers to make pairs of (`dpo`); all by default.
@@ -114,6 +116,7 @@ class StocksConfig(BuilderConfig):
     horizons: tuple[int, ...] = (1, 2, 5, 10)
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
+    train_start: str | None = None
     target: str = "log_return"
     stride: int = 16
     pair_tickers: str | None = None
@@ -148,7 +151,8 @@ class StocksConfig(BuilderConfig):
 READS = {"indicators": ("prices", "tickers", "strict", "fill", "extractor", "feature_groups", "calendar")}
 READS["series"] = (
     *READS["indicators"],
-    *("normalization", "context_length", "horizons", "target", "validation_fraction", "test_fraction"),
+    *("normalization", "context_length", "horizons", "target"),
+    *("validation_fraction", "test_fraction", "train_start"),
 )
 READS["sft"] = (*READS["series"], "stride")
 READS["dpo"] = (*READS["series"], "pair_tickers", "margin", "seed")
@@ -390,9 +394,7 @@ def series_columns(num_features: int, num_horizons: int) -> Features:
 
 def series_splits(builder: Stocks) -> dict[str, dict]:
     config, indicators = builder.config, builder._prepared("indicators")
-    split = chronological_split(
-        calendar_of(indicators), config.horizons[-1], config.validation_fraction, config.test_fraction
-    )
+    split = split_of(config, calendar_of(indicators))
     extractor = fitted_extractor(config, indicators, split.train)
     # Not save_pretrained, which adds code.
     builder.beside[FEATURE_EXTRACTOR_NAME] = extractor.to_dict()
@@ -402,6 +404,12 @@ def series_splits(builder: Stocks) -> dict[str, dict]:
     if not rows:
         raise ValueError(f"no ticker has more than {VOLATILITY_BARS} bars, which its volatility needs to be known")
     return {HISTORY: {"groups": groups_of(rows), "indicators": indicators, "extractor": extractor}}
+
+
+def split_of(config: StocksConfig, calendar: pd.Series) -> Split:
+    return chronological_split(
+        calendar, config.horizons[-1], config.validation_fraction, config.test_fraction, config.train_start
+    )
 
 
 def calendar_of(histories: Dataset) -> pd.Series:
@@ -415,7 +423,8 @@ def fitted_extractor(config: StocksConfig, indicators: Dataset, train: DateRange
     if extractor.center is not None:
         return extractor
     rows = np.unique(np.linspace(0, len(indicators) - 1, FIT_TICKERS).round().astype(int))
-    seen = to_dates(flat(indicators.data["dates"].take(rows))) <= train.end
+    dates = to_dates(flat(indicators.data["dates"].take(rows)))
+    seen = (dates >= train.start.to_datetime64()) & (dates <= train.end.to_datetime64())
     return extractor.fit_columns(
         flat(indicators.data[str(number)].take(rows))[seen] for number in range(len(extractor.feature_names))
     )

@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
-from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
+from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, parse_date
 
 IGNORE_INDEX = -100.0  # as transformers marks a label that is not supervised
 
@@ -27,7 +27,11 @@ class Split(NamedTuple):
 
 
 def chronological_split(
-    dates: pd.Series, horizon: int, validation_fraction: float = 0.1, test_fraction: float = 0.1
+    dates: pd.Series,
+    horizon: int,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    train_start: str | None = None,
 ) -> Split:
     """Cuts the calendar of all tickers together into train, validation and test.
 
@@ -39,14 +43,16 @@ def chronological_split(
         horizon: longest horizon, in trading days; every range must be longer.
         validation_fraction: share of the dates before the test range.
         test_fraction: share of the dates at the end.
+        train_start: first date that is trained on (YYYY-MM-DD); the first of all by default.
 
     Raises:
-        ValueError: fractions that leave a range no longer than the horizon.
+        ValueError: fractions, or a start, that leave a range no longer than the horizon.
     """
     calendar = np.sort(dates.unique())
     test = len(calendar) - round(len(calendar) * test_fraction)
     validation = test - round(len(calendar) * validation_fraction)
-    bounds = [0, max(validation, 0), max(test, 0), len(calendar)]
+    first = 0 if train_start is None else int(calendar.searchsorted(parse_date(train_start).to_datetime64()))
+    bounds = [first, max(validation, first), max(test, first), len(calendar)]
     ranges = []
     for name, first, stop in zip(Split._fields, bounds[:-1], bounds[1:], strict=True):
         if stop - first <= horizon:

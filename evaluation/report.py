@@ -27,7 +27,6 @@ from spaceexploreai.evaluation.diagnostics import (
     ranks_of_model,
 )
 from spaceexploreai.evaluation.inference import critical_value
-from spaceexploreai.evaluation.metrics import format_scores
 from spaceexploreai.evaluation.plots import (
     FAN_LEVELS,
     days,
@@ -37,6 +36,7 @@ from spaceexploreai.evaluation.plots import (
     stamp,
 )
 from spaceexploreai.evaluation.ranking import MIN_TICKERS
+from spaceexploreai.evaluation.scores import NOTE, tabulate
 
 FOLDER = "report_files"  # of the pictures of the Markdown summary
 LARGEST_SVG = 600_000  # bytes; pictures of more lines and points are pixels
@@ -122,13 +122,12 @@ def report_files(report: Report) -> dict[str, bytes]:
         content, suffix = encode(stamp(picture.figure, report.notices))
         name = re.sub("[^a-z0-9]+", "-", picture.title.lower()).strip("-")
         encoded[f"{FOLDER}/{place}-{name}.{suffix}"] = content
-    note, everything = all_metrics(report.scores)
     fields = {
         "report": report,
         "headline": headline(report.scores),
         "groups": {by: by_group(scores, by) for by, scores in report.groups.items()},
-        "everything": everything,
-        "note": note,
+        "everything": all_metrics(report.scores),
+        "note": NOTE,
         "reading": READING,
         "limits": limits_of(report.scores),
         "pictures": list(zip(report.pictures, encoded.items(), strict=True)),
@@ -262,14 +261,11 @@ def by_group(scores: pd.DataFrame, by: str) -> Table:
     return _without_empty(Table(header, blocks))
 
 
-def all_metrics(scores: pd.DataFrame) -> tuple[str, Table]:
-    """What the terminal shows: how to read it, and the numbers."""
-    note, *parts = format_scores(scores).split("\n\n")
-    blocks = []
-    for title, text in zip(parts[::2], parts[1::2], strict=True):
-        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-        blocks.append(Block(title.removeprefix("Horizon "), [[Cell(cell) for cell in row] for row in rows]))
-    return note, Table(header, blocks)
+def all_metrics(scores: pd.DataFrame) -> Table:
+    """What the terminal shows."""
+    tables = tabulate(scores)
+    blocks = [Block(title, [[Cell(cell) for cell in row] for row in rows]) for title, (_, *rows) in tables]
+    return Table(tables[0][1][0], blocks)
 
 
 def _skill(values: pd.Series, loss: str, critical: float) -> Cell:

@@ -142,6 +142,7 @@ def make_build_parser() -> argparse.ArgumentParser:
     for name in SIMPLE_OPTIONS:
         default = getattr(StocksConfig, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"default: {default}")
+    parser.add_argument("--train-start", help="first date (YYYY-MM-DD) to train on; default: the first of all")
     machines = parser.add_mutually_exclusive_group()
     machines.add_argument("--num-proc", type=int, help="processes; one by default")
     machines.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, or local[:N] for N workers here")

@@ -1,7 +1,7 @@
 """Scores a checkpoint beside baselines, on dates that it never saw.
 
     python scripts/evaluate.py --model DIR [--prices FILE_OR_DIR] [--tickers AAPL,MSFT] [--start DATE] [--end DATE]
-        [--baselines all] [--by year regime ticker] [--device cuda] --output forecasts.parquet
+        [--baselines all] [--by year regime ticker] [--walk-forward SESSIONS] [--device cuda] --output FILE
 
 The model may be a regression, a classification, or a causal language model, of which --num-samples paths are drawn
 from every day. Forecasts from every trading day between --start and --end, and writes the forecast table and, beside
@@ -12,6 +12,7 @@ another future, and stops if one changes.
 
 import argparse
 import json
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from spaceexploreai.evaluation.baselines import Training, add_baselines
 from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.internals import expert_load, words_of
 from spaceexploreai.evaluation.leaks import check_leaks
-from spaceexploreai.evaluation.metrics import add_outcomes, format_scores, score, score_by
 from spaceexploreai.evaluation.report import Report, example_of, pictures_of, report_files
+from spaceexploreai.evaluation.scores import add_outcomes, format_scores, score, score_by
+from spaceexploreai.evaluation.walk_forward import join_folds, plan_folds
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor, parse_date
 from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
 from spaceexploreai.train.arguments import command, make_parser
@@ -81,6 +83,16 @@ def forecast_range(
     table = forecast_between(model, extractor, series, within, stride)
     training = training_of(model.config, extractor, prices, series) if baselines == "all" else None
     return add_baselines(add_outcomes(table, prices), prices, baselines, training)
+
+
+def blocks_of(
+    config: SpaceExploreConfig, context_length: int, prices: pd.DataFrame, within: DateRange, sessions: int
+) -> list[DateRange]:
+    """The range in blocks of so many sessions; all that lies before the first is what the checkpoint may have seen."""
+    dates = pd.Series(prices.loc[prices["date"] <= within.end, "date"].unique())
+    before = int((dates < within.start).sum())
+    folds = plan_folds(dates, config.horizons[-1], context_length, every=sessions, train_sessions=before)
+    return [DateRange(*fold.test) for fold in folds]
 
 
 def training_of(
@@ -194,6 +206,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--baselines", choices=("fast", "all"), default="fast", help="all: the fitted ones too, which take minutes"
     )
+    parser.add_argument(
+        "--walk-forward",
+        type=int,
+        metavar="SESSIONS",
+        help="block after block, each with baselines of its own, and by block; scripts/walk_forward.py trains anew",
+    )
     parser.add_argument("--by", nargs="*", choices=GROUPS, default=[], help="score each of these by itself too")
     parser.add_argument(
         "--stride", type=int, help="days forecast from one window; 1 is slow and exact; default: a quarter of it"
@@ -216,9 +234,16 @@ def main(argv: list[str] | None = None) -> None:
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)
     refuse_leaks(model, extractor, prices, within)
     series = extractor.encode(prices)
-    forecasts = forecast_range(model, extractor, prices, within, args.baselines, args.stride, series)
+    make = partial(
+        forecast_range, model, extractor, prices, baselines=args.baselines, stride=args.stride, series=series
+    )
+    if args.walk_forward is None:
+        forecasts, by_names = make(within), args.by
+    else:
+        blocks = blocks_of(model.config, extractor.context_length, prices, within, args.walk_forward)
+        forecasts, by_names = join_folds(make(block) for block in blocks), [*args.by, "fold"]
     score_table = score_classes if "band" in forecasts else score
-    scores, groups = score_table(forecasts), {by: score_by(forecasts, by, score_table) for by in args.by}
+    scores, groups = score_table(forecasts), {by: score_by(forecasts, by, score_table) for by in by_names}
     if args.allow_in_sample and model.config.train_cutoff is not None:
         forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)
     facts = facts_of(args.model, args.prices, model.config, within, forecasts)
@@ -227,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(f"Forecasts of {Path(args.model).name}", facts, scores, notices, pictures, groups)
 
     write_table(forecasts, args.output)
-    names = ["metrics.json", *(f"metrics_by_{by}.json" for by in args.by)]
+    names = ["metrics.json", *(f"metrics_by_{by}.json" for by in by_names)]
     paths = [args.output.with_name(name) for name in names]
     write_metrics(scores, paths[0])
     for (by, table), path in zip(groups.items(), paths[1:], strict=True):

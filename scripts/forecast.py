@@ -12,8 +12,8 @@ import torch
 from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
 from spaceexploreai.evaluation.baselines import add_baselines
-from spaceexploreai.evaluation.metrics import add_outcomes
 from spaceexploreai.evaluation.plots import plot_forecast
+from spaceexploreai.evaluation.scores import add_outcomes
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.scripts.forecasters import load_checkpoint

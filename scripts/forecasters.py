@@ -9,7 +9,6 @@ from tqdm import tqdm
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.windows import DateRange, ForecastWindows, forecast_windows
-from spaceexploreai.evaluation.paths import forecast_of_samples
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForCausalLM,
@@ -17,6 +16,7 @@ from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreForRegression,
     SpaceExplorePreTrainedModel,
 )
+from spaceexploreai.paths_spaceexplore import forecast_of_samples
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.sampling import ModelPaths
 
@@ -101,10 +101,9 @@ def forecast_between(
 
 
 @torch.inference_mode()
-def predict(
-    model: SpaceExplorePreTrainedModel, windows: ForecastWindows, *outputs: str, batch_size: int = 256
-) -> list[torch.Tensor]:
+def predict(model: SpaceExplorePreTrainedModel, windows: ForecastWindows, *outputs: str) -> list[torch.Tensor]:
     """Outputs at each origin of the windows, (N, H, …)."""
+    batch_size = 32 if model.device.type == "cpu" else 512  # what a core's cache holds; what keeps a GPU busy
     loader = DataLoader(windows, batch_size=batch_size, collate_fn=collate_windows)
     batches = windows.origins.groupby(windows.origins["window"] // batch_size)[["window", "back"]]
     found = []

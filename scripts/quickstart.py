@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from spaceexploreai.data.cleaning import read_clean
 from spaceexploreai.data.prices import write_atomically, write_table
-from spaceexploreai.evaluation.metrics import format_scores, score
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
 from spaceexploreai.evaluation.report import Report, pictures_of
+from spaceexploreai.evaluation.scores import format_scores, score
 from spaceexploreai.scripts.evaluate import (
     facts_of,
     forecast_range,

@@ -147,6 +147,7 @@ def test_new_columns_of_some_tickers_with_bars_invented(market, threads, small_s
     write_table(market, tmp_path / "prices.parquet")
     options = ["--prices", str(tmp_path / "prices.parquet"), "--tickers", "T8,T2,T5,T0", "--fill", "--config", "sft"]
     options += ["--feature-groups", "volume", "--normalization", "standard", "--context-length", "20"]
+    options += ["--train-start", "2005-05-02"]
     build_dataset.main([*options, "--output-dir", str(tmp_path / "one")])
     build_dataset.main([*options, "--output-dir", str(tmp_path / "many"), "--cluster", threads.scheduler.address])
     assert_same_folders(tmp_path / "many", tmp_path / "one")

@@ -14,8 +14,8 @@ from test_plots import FORECASTS, PRICES, words_to
 from spaceexploreai.evaluation import report as module
 from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.inference import critical_value
-from spaceexploreai.evaluation.metrics import score, score_by
 from spaceexploreai.evaluation.report import Report, example_of, pictures_of, report_files
+from spaceexploreai.evaluation.scores import score, score_by
 
 NOTICE = "IN SAMPLE: the model was trained to 2022-12-31; this is no evaluation."
 HOSTILE = '<script>alert("1")</script>|](http://evil.example/x)`\n# T'

@@ -17,7 +17,7 @@ from spaceexploreai.evaluation.baselines import (
 )
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.learned import LEARNED
-from spaceexploreai.evaluation.metrics import add_outcomes, score
+from spaceexploreai.evaluation.scores import add_outcomes, score
 from spaceexploreai.feature_extraction_spaceexplore import (
     SpaceExploreFeatureExtractor,
     cumulative_probability,

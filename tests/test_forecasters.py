@@ -14,9 +14,9 @@ from sklearn.metrics import accuracy_score, log_loss
 from spaceexploreai.data.prices import read_prices
 from spaceexploreai.data.windows import DateRange, forecast_windows
 from spaceexploreai.evaluation.leaks import check_leaks
-from spaceexploreai.evaluation.paths import forecast_of_samples
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
+from spaceexploreai.paths_spaceexplore import forecast_of_samples
 from spaceexploreai.scripts import evaluate, forecast
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecasters import forecast_between, load_forecaster

@@ -8,7 +8,7 @@ from conftest import make_market
 from spaceexploreai.data.windows import DateRange
 from spaceexploreai.evaluation.baselines import add_baselines, quantile_columns
 from spaceexploreai.evaluation.leaks import check_leaks
-from spaceexploreai.evaluation.metrics import add_outcomes
+from spaceexploreai.evaluation.scores import add_outcomes
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecasters import load_checkpoint

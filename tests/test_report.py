@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from spaceexploreai.data.prices import read_prices
 from spaceexploreai.data.windows import DateRange
-from spaceexploreai.evaluation.metrics import score
+from spaceexploreai.evaluation.scores import score
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.train import report
 from spaceexploreai.train.arguments import parse_run

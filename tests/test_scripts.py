@@ -121,6 +121,26 @@ def test_evaluate_starts_after_everything_the_training_saw(tmp_path, checkpoint,
     assert report["5"]["rank_ic"]["model"] is None
 
 
+def test_a_checkpoint_is_scored_block_by_block(tmp_path, checkpoint, market):
+    """The same forecasts, beside baselines that have seen more from block to block."""
+    run = ["--model", str(checkpoint), "--prices", str(market), "--start", "2006-06-01"]
+    evaluate.main([*run, "--output", str(tmp_path / "whole.parquet")])
+    evaluate.main([*run, "--walk-forward", "14", "--output", str(tmp_path / "blocks.parquet")])
+    whole, blocks = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
+    keys = ["ticker", "cutoff", "horizon"]
+    both = whole.merge(blocks, on=keys, suffixes=("", "_again"), validate="1:1")
+    assert len(both) == len(whole) == len(blocks)
+    np.testing.assert_allclose(both["q0.95"], both["q0.95_again"], rtol=1e-5)
+    days = blocks.groupby("fold")["cutoff"].agg(["min", "max", "nunique"])
+    assert days["nunique"].tolist()[:-1] == [14] * (len(days) - 1)
+    assert (days["min"].iloc[1:].to_numpy() > days["max"].iloc[:-1].to_numpy()).all()
+    first = both["fold"] == 1
+    np.testing.assert_allclose(both["ewma_q0.95"][first], both["ewma_q0.95_again"][first])
+    assert (both["ewma_q0.95"][~first] != both["ewma_q0.95_again"][~first]).any()
+    by_fold = json.loads((tmp_path / "metrics_by_fold.json").read_text())
+    assert list(by_fold) == [str(fold) for fold in days.index]
+
+
 def test_evaluate_and_forecast_agree_on_the_newest_day(tmp_path, checkpoint, market):
     output = tmp_path / "forecasts.parquet"
     evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output), "--stride", "1"])

@@ -18,7 +18,7 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data import stocks
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import chronological_split, make_labels
-from spaceexploreai.evaluation.metrics import score
+from spaceexploreai.evaluation.scores import score
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.indicators_spaceexplore import select_features
 from spaceexploreai.scripts import build_dataset

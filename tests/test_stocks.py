@@ -80,13 +80,13 @@ def make(name: str, prices, columns, **options) -> Stocks:
     return builder
 
 
-def cut_in_memory(prices, columns, target: str = "log_return"):
+def cut_in_memory(prices, columns, target: str = "log_return", train_start: str | None = None):
     """Extractor and windows of each split as training without a dataset makes them."""
     table = read_prices(prices)
     extractor = SpaceExploreFeatureExtractor.from_pretrained(columns)
-    split = chronological_split(table["date"], HORIZONS[-1])
+    split = chronological_split(table["date"], HORIZONS[-1], train_start=train_start)
     features = extractor.compute_features(table)
-    extractor.fit(features[features["date"] <= split.train.end])
+    extractor.fit(features[features["date"].between(*split.train)])
     series = extractor.encode(table, features)
     windows = {
         name: supervised_windows(series, list(HORIZONS), within, CONTEXT, STRIDE, name != "train", target)
@@ -108,10 +108,12 @@ def assert_same_examples(found, expected) -> None:
 # --- windows ---
 
 
-@pytest.mark.parametrize("target", ["log_return", "volatility"])
-def test_stored_windows_equal_those_cut_in_memory(prices, columns, target):
-    extractor, split, expected = cut_in_memory(prices, columns, target)
-    builder = make("sft", prices, columns, target=target)
+@pytest.mark.parametrize(
+    ("target", "start"), [("log_return", None), ("volatility", None), ("log_return", "2005-06-01")]
+)
+def test_stored_windows_equal_those_cut_in_memory(prices, columns, target, start):
+    extractor, split, expected = cut_in_memory(prices, columns, target, start)
+    builder = make("sft", prices, columns, target=target, train_start=start)
     assert builder.extractor.to_dict() == extractor.to_dict()
     assert stocks.date_ranges(builder.metadata) == split
     for name, dataset in builder.as_dataset().items():

@@ -153,6 +153,30 @@ def test_fractions_that_leave_too_little_are_refused(days, horizon, fractions, m
     assert chronological_split(pd.Series(DAYS), 15, 0.1, 0.1)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 120))
+def test_training_may_start_later_and_nothing_else_moves(start):
+    """On the day after a bar, be it without one, or from the next bar on."""
+    whole = chronological_split(pd.Series(DAYS), 5, train_start="2000-01-01")
+    assert whole == chronological_split(pd.Series(DAYS), 5)
+    split = chronological_split(pd.Series(DAYS), 5, train_start=f"{DAYS[start - 1] + pd.Timedelta(days=1):%Y-%m-%d}")
+    assert split.train == (DAYS[start], whole.train.end)
+    assert split[1:] == whole[1:]
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (DAYS[126], "the train range has 2 of 160"),
+        ("2100-01-01", "the train range has 0 of 160"),
+        ("later", "'later' is no"),
+    ],
+)
+def test_a_start_that_leaves_too_little_is_refused(start, message):
+    with pytest.raises(ValueError, match=message):
+        chronological_split(pd.Series(DAYS), 2, train_start=start)
+
+
 # --- labels ---
 
 

@@ -105,6 +105,9 @@ class DataArguments:
     normalization: str = field(default="robust", metadata={"help": "robust, standard or minmax"})
     validation_fraction: float = field(default=0.1, metadata={"help": "share of the dates for choosing"})
     test_fraction: float = field(default=0.1, metadata={"help": "share of the dates, the last, never touched here"})
+    train_start: str | None = field(
+        default=None, metadata={"help": "first date (YYYY-MM-DD) to train on; those before it are context alone"}
+    )
 
     def __post_init__(self):
         for name in ("context_length", "stride"):

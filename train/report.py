@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from spaceexploreai.data.prices import write_atomically
 from spaceexploreai.data.stocks import SeriesStore, StockData
 from spaceexploreai.evaluation.baselines import add_baselines
-from spaceexploreai.evaluation.metrics import format_scores, score
+from spaceexploreai.evaluation.scores import format_scores, score
 from spaceexploreai.modeling_spaceexplore import (
     SpaceExploreExperts,
     SpaceExploreForTimeToText,
