@@ -18,7 +18,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,6 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
 from spaceexploreai.data.cleaning import CleaningReport
 from spaceexploreai.data.cluster import build_folder, connect, write_file
@@ -43,6 +41,7 @@ from spaceexploreai.data.stocks import (
 )
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
+from spaceexploreai.scripts.hub import check_push, open_repository, plain_hub_errors
 from spaceexploreai.train.arguments import command, make_parser
 
 # A file of series of 20 years and 64 features then has some 60 MB, and one of windows the windows of its tickers.
@@ -351,44 +350,15 @@ def card_metadata(names: tuple[str, ...], fingerprint: str) -> dict:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def plain_hub_errors(repository: str) -> Iterator[None]:
-    """What fails on the way to the Hub is told as other mistakes are; what the Hub answers already is an `OSError`."""
-    try:
-        yield
-    except OSError:
-        raise
-    except (HTTPError, RuntimeError) as error:  # no connection; an upload, which has the reason for its cause
-        reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason is not None)
-        raise ConnectionError(f"the push to {repository} failed: {' '.join(reasons)}") from error
-
-
-def check_push(repository: str) -> None:
-    """Refuses, before the work of building, what the Hub would refuse after it."""
-    validate_repo_id(repository)
-    api = HfApi()
-    with plain_hub_errors(repository):
-        account = api.whoami()
-        name = repository if "/" in repository else f"{account['name']}/{repository}"
-        with suppress(RepositoryNotFoundError):  # it will be created
-            api.auth_check(name, repo_type="dataset", write=True)
-    token = (account.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        raise ValueError(f"{repository} needs a token that may write, that of {account['name']} may only read")
-
-
 def push(folder: Path, repository: str, private: bool) -> str:
     """Makes a dataset repository what the folder is, and returns its address."""
     api = HfApi()
     with plain_hub_errors(repository):
-        # Not False where --private is absent: that would make it public where the organisation's default is private.
-        url = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
-        if private:  # one that was there before may be public
-            api.update_repo_settings(url.repo_id, repo_type="dataset", private=True)
+        name, url = open_repository(api, repository, "dataset", private)
         # With what an earlier upload had in more files.
-        delete = [f"{name}/*.parquet" for name in SPLITS]
-        api.upload_folder(folder_path=folder, repo_id=url.repo_id, repo_type="dataset", delete_patterns=delete)
-    return str(url)
+        delete = [f"{split}/*.parquet" for split in SPLITS]
+        api.upload_folder(folder_path=folder, repo_id=name, repo_type="dataset", delete_patterns=delete)
+    return url
 
 
 @command
@@ -396,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_build_parser().parse_args(argv)
     check_folder(args.output_dir)
     if args.push_to_hub is not None:
-        check_push(args.push_to_hub)
+        check_push(args.push_to_hub, "dataset")
     elif args.private:
         raise ValueError("--private is about the repository of --push-to-hub, which is not given")
     names = ("series", *(("sft", "dpo") if args.config == "all" else (args.config,)))

@@ -192,9 +192,10 @@ def inside_of(
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes report.html and report.md with its pictures."""
+    """Writes report.html, report.md with its pictures, and for programs what they are of: report.json."""
     for name, content in report_files(report).items():
         write_atomically(folder / name, methodcaller("write_bytes", content))
+    write_json({"title": report.title, "facts": report.facts, "notices": report.notices}, folder / "report.json")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from hub_server import File, HubServer, Repository, hang_up, status
+from huggingface_hub import ModelCard
 
 from spaceexploreai.data.prices import read_prices
+from spaceexploreai.scripts import evaluate
 from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
@@ -20,7 +24,7 @@ DATASET, MODEL = "NEOAI/Stocks", "NEOAI/SpaceExploreAI"
 WORKER = """
 import contextlib, io, json, os, sys
 import huggingface_hub.constants
-from spaceexploreai.scripts import build_dataset
+from spaceexploreai.scripts import build_dataset, push_to_hub
 
 answers = sys.stdout
 for line in sys.stdin:
@@ -32,7 +36,7 @@ for line in sys.stdin:
     output, errors, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            build_dataset.main(order["arguments"])
+            {"build": build_dataset, "push": push_to_hub}[order["script"]].main(order["arguments"])
         except SystemExit as exit_:
             code = exit_.code
         except Exception as error:
@@ -65,25 +69,30 @@ def worker(server, tmp_path_factory):
 
 
 @pytest.fixture
-def build(worker):
-    """The command line, which gives its exit code, what it printed, and its errors."""
+def order(worker):
+    """A command line, which gives its exit code, what it printed, and its errors."""
 
-    def run(*arguments, token: str | None = "hf_writes", xet: bool = False, tickers_per_file: int = 64):
-        command = ["--config", "sft", "--stride", "64", *map(str, arguments)]
-        order = {"arguments": command, "token": token, "xet": xet, "tickers_per_file": tickers_per_file}
-        print(json.dumps(order), file=worker.stdin, flush=True)
+    def run(script: str, *arguments, token: str | None = "hf_writes", xet: bool = False, tickers_per_file: int = 64):
+        options = {"token": token, "xet": xet, "tickers_per_file": tickers_per_file}
+        print(json.dumps({"script": script, "arguments": [*map(str, arguments)], **options}), file=worker.stdin)
+        worker.stdin.flush()
         return json.loads(worker.stdout.readline())
 
     return run
+
+
+@pytest.fixture
+def build(order):
+    return partial(order, "build", "--config", "sft", "--stride", "64")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def pushed(hub: HubServer, name: str = DATASET) -> dict[str, bytes]:
-    """Files of a dataset, without the one that the Hub puts into all."""
-    files = hub.repositories["datasets", name].files
+def pushed(hub: HubServer, name: str = DATASET, kind: str = "datasets") -> dict[str, bytes]:
+    """Files of a repository, without the one that the Hub puts into all."""
+    files = hub.repositories[kind, name].files
     return {path: content for path, content in files.items() if path != ".gitattributes"}
 
 
@@ -327,6 +336,137 @@ def test_a_stranger_gets_the_model_of_the_commit_that_is_asked_for(hub, releases
         pd.testing.assert_frame_equal(loaded, expected, rtol=1e-6)
         ids = SpaceExploreTokenizer(num_bins=10 * number)("<bos><r3><eos>")["input_ids"]
         assert json.loads(said[number - 1]) == [ids, number]
+
+
+# --- scripts/push_to_hub.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation(checkpoint, market, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(folder / "forecasts.parquet")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory) -> Path:
+    """A checkpoint with its report, and with what a run leaves beside it."""
+    folder = tmp_path_factory.mktemp("published") / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Tiny\n")
+    (folder / "checkpoint-2").mkdir()
+    for name in ("checkpoint-2/optimizer.bin", "training_args.bin"):
+        (folder / name).write_bytes(b"stays here")
+    return folder
+
+
+PIPELINE_STRANGER = """
+import sys
+sys.modules["spaceexploreai"] = None
+import pandas as pd
+from transformers import pipeline
+
+repository, prices, output = sys.argv[1:]
+pipe = pipeline("time-series-forecasting", model=repository, trust_remote_code=True)
+pipe(pd.read_parquet(prices)).to_parquet(output)
+"""
+
+
+def test_a_stranger_forecasts_with_what_was_pushed(hub, order, folder, evaluation, market, tmp_path):
+    command = ("--model", folder, "--repo-id", MODEL, "--evaluation", evaluation)
+    code, output, errors = order("push", *command)
+    assert code == 0, errors
+    files = pushed(hub, MODEL, "models")
+    commit = hub.repositories["models", MODEL].find("main").oid
+    assert output.splitlines()[-1].endswith(f"{MODEL}/commit/{commit}")
+    assert {name for name in files if name.startswith("evaluation/")} >= {"evaluation/report.html"}
+    assert {"checkpoint-2/optimizer.bin", "training_args.bin", "evaluation/forecasts.parquet"}.isdisjoint(files)
+    card = ModelCard(files["README.md"].decode())
+    scores = json.loads((evaluation / "metrics.json").read_text())
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found["CRPS skill over EWMA volatility, 5 d"] == pytest.approx(scores["5"]["crps_skill"]["model"])
+    environment = hub.environment(tmp_path / "home", None)
+    run_elsewhere(environment, PIPELINE_STRANGER, MODEL, market, tmp_path / "table.parquet", folder=tmp_path)
+    model, extractor = load_checkpoint(folder)
+    prices = read_prices(market)
+    expected = extractor.decode(model(**extractor(prices)), prices, model.config)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "table.parquet"), expected, rtol=1e-5)
+
+
+def test_a_branch_is_pushed_to_alone_and_old_weights_go(hub, order, folder):
+    assert order("push", "--model", folder, "--repo-id", MODEL)[0] == 0
+    repository = hub.repositories["models", MODEL]
+    main = repository.find("main")
+    repository.add("main", main.files | {"model-00001-of-00002.safetensors": File(b"old", large=True)}, "by hand")
+    before = repository.find("main")
+    assert order("push", "--model", folder, "--repo-id", MODEL, "--revision", "next")[0] == 0
+    assert repository.find("main") == before
+    assert "model-00001-of-00002.safetensors" not in repository.find("next").files
+    assert repository.find("next").files["model.safetensors"] == before.files["model.safetensors"]
+
+
+def test_an_upload_that_breaks_off_is_repeated_and_never_seen_half(hub, order, folder):
+    hub.troubles["put_object"].extend([status(403, "Request has expired")] * 4)
+    code, _, errors = order("push", "--model", folder, "--repo-id", MODEL)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert pushed(hub, MODEL, "models") == {}
+    hub.troubles.clear()
+    assert order("push", "--model", folder, "--repo-id", MODEL)[0] == 0
+    weights = hub.repositories["models", MODEL].find("main").files["model.safetensors"]
+    assert weights.content == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_dry_run_asks_nothing(hub, order, folder, build, tmp_path):
+    hub.asked.clear()
+    code, output, _ = order("push", "--model", folder, "--repo-id", MODEL, "--dry-run", "--private", token=None)
+    assert (code, hub.asked) == (0, [])
+    assert f"{(folder / 'model.safetensors').stat().st_size:,}  model.safetensors" in output
+    assert f"would go to {MODEL}, private" in output
+    assert "optimizer.bin" not in output
+    build("--output-dir", tmp_path / "built", token=None)
+    code, output, _ = order("push", "--dataset", tmp_path / "built", "--repo-id", DATASET, "--dry-run", token=None)
+    assert (code, hub.asked) == (0, [])
+    assert "sft/test-00000-of-00001.parquet" in output
+
+
+def test_a_dataset_goes_as_it_was_built(hub, order, build, tmp_path):
+    build("--output-dir", tmp_path / "built")
+    assert order("push", "--dataset", tmp_path / "built", "--repo-id", DATASET)[0] == 0
+    assert pushed(hub) == contents(tmp_path / "built")
+
+
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def in_sample(folder: Path) -> None:
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "metrics.json").write_text("{}")
+    (folder / "evaluation" / "report.json").write_text('{"facts": {}, "notices": ["IN SAMPLE: seen"]}')
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (without("model.safetensors"), [], "model.safetensors"),
+        (without("modeling_spaceexplore.py"), [], "does not carry its code: modeling_spaceexplore.py"),
+        (without("README.md"), [], "has no README.md"),
+        (in_sample, ["--evaluation", "evaluation"], "is not for a model card. IN SAMPLE: seen"),
+        (None, ["--evaluation", "nowhere"], "nowhere has no report.json"),
+        (None, ["--repo-id", "a/b/c"], "'a/b/c'"),
+    ],
+)
+def test_a_folder_that_others_could_not_use_is_refused(hub, order, folder, tmp_path, change, options, message):
+    shutil.copytree(folder, tmp_path / "model")
+    if change:
+        change(tmp_path / "model")
+    if options[:1] == ["--evaluation"]:
+        options = ["--evaluation", tmp_path / "model" / options[1]]
+    code, _, errors = order("push", "--model", tmp_path / "model", "--repo-id", MODEL, *options)
+    assert code == 2
+    assert message in errors.splitlines()[-1]
+    assert ("models", MODEL) not in hub.repositories
 
 
 # --- the stand-in itself ---------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_quickstart_writes_all_it_names(tmp_path, market, capsys):
     run = ["--prices", str(market), "--tickers", "T0,T1", "--num-train-epochs", "1"]
     quickstart.main([*run, "--output-dir", str(tmp_path)])
     names = {"model", "report.html", "forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names | {"report.md", "report_files"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"report.md", "report.json", "report_files"}
     assert set(pd.read_parquet(tmp_path / "forecasts.parquet")["ticker"]) == {"T0", "T1"}
     shown = capsys.readouterr().out
     assert all(f"wrote {tmp_path / name}" in shown for name in names)
