@@ -150,7 +150,7 @@ def backtest(
     """
     hold = horizon if hold is None else hold
     _check_options(side, top_k, hold, turnover_limit)
-    rows = _signals(forecasts, horizon, signal)
+    rows = signals_of(forecasts, horizon, signal)
     market = Market.of(prices, rows["ticker"].unique(), rows["cutoff"].min())
     decided, end = _schedule(rows["cutoff"], market.sessions, hold)
     signals = rows.pivot(index="cutoff", columns="ticker", values="signal")
@@ -179,7 +179,7 @@ def _check_options(side: str, top_k: int, hold: int, turnover_limit: float | Non
         raise ValueError(f"turnover_limit must be above 0, got {turnover_limit}")
 
 
-def _signals(forecasts: pd.DataFrame, horizon: int, signal: str) -> pd.DataFrame:
+def signals_of(forecasts: pd.DataFrame, horizon: int, signal: str) -> pd.DataFrame:
     """Table `ticker, cutoff, signal` of one horizon, finite and without repetition."""
     require_columns(forecasts, ["ticker", "cutoff", "horizon"])
     rows = forecasts[forecasts["horizon"] == horizon]

@@ -47,7 +47,8 @@ def read_forecasts(path: str, tickers: str | None = None) -> pd.DataFrame:
     if "in_sample" in forecasts and forecasts["in_sample"].any():
         seen = cutoffs[forecasts["in_sample"].astype(bool)].max()
         raise ValueError(f"{path}: the model was trained on {seen:%Y-%m-%d}; what it earns there says nothing")
-    return forecasts.assign(cutoff=cutoffs)
+    dates = {"date": parse_dates(forecasts["date"])} if "date" in forecasts else {}
+    return forecasts.assign(cutoff=cutoffs, **dates)
 
 
 def notes_to(ledgers: dict[str, Ledger], prices: pd.DataFrame, trials: int) -> list[str]:
