@@ -21,6 +21,7 @@ from .modeling_spaceexplore import (
     SpaceExploreModel,
     SpaceExplorePreTrainedModel,
 )
+from .pipeline_spaceexplore import SpaceExplorePipeline
 from .tokenization_spaceexplore import SpaceExploreTokenizer
 
 AutoConfig.register(SpaceExploreConfig.model_type, SpaceExploreConfig)
@@ -40,6 +41,7 @@ __all__ = [
     "SpaceExploreForRegression",
     "SpaceExploreForTimeToText",
     "SpaceExploreModel",
+    "SpaceExplorePipeline",
     "SpaceExplorePreTrainedModel",
     "SpaceExploreTokenizer",
 ]

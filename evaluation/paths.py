@@ -47,19 +47,6 @@ def score_samples(
     return pd.concat([pd.DataFrame(columns), pd.DataFrame(by_date)], ignore_index=True)
 
 
-def forecast_of_samples(
-    samples: np.ndarray, horizons: list[int], levels: list[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means and quantiles of the cumulative returns of (N, K, H) paths: (N, len(horizons)), (…, len(levels)).
-
-    The k-th of K samples in order stands for k / (K + 1) (Weibull, 1939): if they are of y's law, it is above y with
-    just this probability. Levels beyond the outermost samples get those.
-    """
-    reached = samples.cumsum(axis=2)[..., np.array(horizons) - 1]
-    quantiles = np.quantile(reached, levels, axis=1, method="weibull")
-    return reached.mean(axis=1), np.moveaxis(quantiles, 0, -1)
-
-
 def crps_ensemble(y: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """(N,) continuous ranked probability scores of (N, K) samples, K of at least 2: E|X - y| - E|X - X'| / 2.
 

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from transformers import set_seed
+from scipy.stats import kstest, norm
 
 from spaceexploreai.data.collators import PathCollator
 from spaceexploreai.data.prices import read_prices
 from spaceexploreai.data.stocks import open_stocks
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor
+from spaceexploreai.paths_spaceexplore import InverseTransformProcessor, draw_shocks
 from spaceexploreai.scripts import build_dataset
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.sampling import ModelPaths, fit_temperature
@@ -47,22 +50,47 @@ def test_samples_of_a_history_are_those_of_generate(language_model, histories, t
     """The library reads the context once for each sample; read once for all of them, it must say the same."""
     paths = ModelPaths.from_pretrained(language_model, 64, num_samples=5)
     paths.temperature = temperature
-    set_seed(1)
-    found = paths(histories, 6)
-    set_seed(1)
+    prompt = paths._prompt(histories)
+    shocks = np.concatenate([draw_shocks(0, one.ticker, one.dates[-1], 5, 6) for one in histories])
+    uniforms = torch.from_numpy(norm.cdf(shocks)).float()
     tokens = paths.model.generate(
-        **paths._prompt(histories),
+        **prompt,
         min_new_tokens=6,
         max_new_tokens=6,
         num_return_sequences=5,
-        do_sample=True,
-        temperature=temperature,
-        top_k=None,
-        top_p=None,
+        do_sample=True,  # of one token
+        logits_processor=[InverseTransformProcessor(uniforms, prompt["input_ids"].shape[1], temperature)],
         suppress_tokens=paths.tokenizer.suppress_tokens,
     )[:, -6:]
     scale = np.array([one.scale[-1] for one in histories], dtype=np.float64).repeat(5)
-    np.testing.assert_array_equal(found.reshape(15, 6), paths.tokenizer.decode_returns(tokens.numpy(), scale))
+    expected = paths.tokenizer.decode_returns(tokens.numpy(), scale)
+    np.testing.assert_array_equal(paths(histories, 6).reshape(15, 6), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), temperature=st.floats(0.2, 5), uniform=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_the_token_is_the_one_that_the_distribution_function_passes_at(seed, temperature, uniform):
+    logits = np.random.default_rng(seed).normal(0, 3, (4, 9))
+    logits[:, :3] = -np.inf  # suppressed
+    uniforms = np.column_stack([np.full(4, 0.9), [uniform, 0.1, 0.6, 0.95]])
+    processor = InverseTransformProcessor(torch.tensor(uniforms), 7, temperature)
+    scores = processor(torch.zeros(4, 8, dtype=torch.long), torch.tensor(logits))  # the second day
+    for row, chances in enumerate(softmax(logits / temperature, axis=1)):
+        (token,) = np.flatnonzero(scores[row].isfinite().numpy())
+        below, upto = chances[:token].sum(), chances[: token + 1].sum()
+        assert below - 1e-9 <= uniforms[row, 1] <= upto + 1e-9
+        assert token >= 3
+
+
+def test_shocks_are_normal_numbers_of_a_forecast_alone():
+    day = np.datetime64("2020-03-02")
+    shocks = draw_shocks(1, "T0", day, 2000, 5)
+    assert kstest(shocks.ravel(), "norm").pvalue > 1e-3
+    np.testing.assert_allclose(np.corrcoef(shocks.T), np.eye(5), atol=0.1)
+    np.testing.assert_array_equal(draw_shocks(1, "T0", day, 2000, 3), shocks[:, :3])
+    others = [(2, "T0", day), (1, "T1", day), (1, "T0", day + 1), (1, "T", np.datetime64("1969-12-31"))]
+    for other in others:
+        assert abs(np.corrcoef(draw_shocks(*other, 2000, 5).ravel(), shocks.ravel())[0, 1]) < 0.05
 
 
 def test_the_first_day_has_the_distribution_of_the_logits(language_model, histories):

@@ -53,6 +53,8 @@ def test_a_checkpoint_is_a_hub_repository_without_pickles(checkpoint):
         "indicators_spaceexplore.py",
         "model.safetensors",
         "modeling_spaceexplore.py",
+        "paths_spaceexplore.py",
+        "pipeline_spaceexplore.py",
         "preprocessor_config.json",
         "t2t_spaceexplore.py",
     }

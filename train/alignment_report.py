@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
@@ -135,15 +134,14 @@ def measure(
     temperature = fit_temperature(*paths_of(models[before]).logits(earlier.histories, earlier.outcomes.realised))
     forecasters = {before: paths_of(models[before]), RECALIBRATED: paths_of(models[before], temperature)}
     forecasters |= {name: paths_of(models[name]) for name in others}
-    scores = {name: score_paths_of(paths, later, data.horizons, seed) for name, paths in forecasters.items()}
+    scores = {name: score_paths_of(paths, later, data.horizons) for name, paths in forecasters.items()}
     return Measured(scores, temperature, earlier, later)
 
 
-def score_paths_of(paths: ModelPaths, origins: Origins, horizons: list[int], seed: int) -> pd.DataFrame:
+def score_paths_of(paths: ModelPaths, origins: Origins, horizons: list[int]) -> pd.DataFrame:
     realised = origins.outcomes.realised
     logits, tokens = paths.logits(origins.histories, realised)
     log_likelihood = -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(dim=1)
-    torch.manual_seed(seed)  # every model draws with the same numbers
     samples = paths(origins.histories, realised.shape[1])
     return score_samples(origins.outcomes, samples, log_likelihood.double().numpy(), horizons)
 

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import set_seed
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.windows import Split
+from spaceexploreai.data.windows import Split, network_inputs
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForCausalLM
+from spaceexploreai.paths_spaceexplore import draw_shocks, make_prompt, sample_paths
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
 # Shapes: N histories, K samples of each, H days, V return tokens
@@ -43,7 +43,7 @@ class ModelPaths:
         self.model, self.tokenizer, self.context_length = model.eval(), tokenizer, context_length
         self.num_samples, self.temperature = num_samples, temperature
         self.batch_size = max(batch_size // num_samples, 1)
-        set_seed(seed)
+        self.seed = seed
 
     @classmethod
     def from_pretrained(cls, folder: str, context_length: int, num_samples: int = 1, seed: int = 0) -> "ModelPaths":
@@ -62,29 +62,10 @@ class ModelPaths:
     def _batches(self, count: int) -> list[slice]:
         return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
 
-    @torch.inference_mode()
     def _sample(self, histories: list[EncodedSeries], length: int) -> np.ndarray:
-        batch = self._prompt(histories)
-        # The samples of a history share what it is read to; `generate` alone would read it for each of them.
-        read = self.model(
-            **batch | {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")},
-            use_cache=True,
-            logits_to_keep=1,
-        ).cache
-        read.batch_repeat_interleave(self.num_samples)
-        tokens = self.model.generate(
-            **{name: tensor.repeat_interleave(self.num_samples, dim=0) for name, tensor in batch.items()},
-            cache=read,
-            min_new_tokens=length,
-            max_new_tokens=length,
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,  # the library's 50 would cut the tails off
-            suppress_tokens=self.tokenizer.suppress_tokens,
-        )
-        scale = np.array([one.scale[-1] for one in histories], dtype=np.float64).repeat(self.num_samples)
-        paths = self.tokenizer.decode_returns(tokens[:, -length:].cpu().numpy(), scale)
-        return paths.reshape(len(histories), self.num_samples, length)
+        shocks = [draw_shocks(self.seed, one.ticker, one.dates[-1], self.num_samples, length) for one in histories]
+        shocks = torch.from_numpy(np.stack(shocks)).to(self.model.device)
+        return sample_paths(self.model, self.tokenizer, self._context(histories), shocks, self.temperature)
 
     @torch.no_grad()
     def logits(self, histories: list[EncodedSeries], paths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,26 +84,12 @@ class ModelPaths:
         return logits[..., self.tokenizer.return_token_ids.start :].float().cpu()
 
     def _prompt(self, histories: list[EncodedSeries]) -> dict[str, torch.Tensor]:
-        """A `<ts>` for each unpadded step and `<bos>`, padded on the left, and the steps themselves."""
+        return make_prompt(self.tokenizer, self._context(histories))
+
+    def _context(self, histories: list[EncodedSeries]) -> dict[str, torch.Tensor]:
         steps = slice(-self.context_length, None)
-        context = collate_windows(
-            [
-                {"past_values": one.values[steps], "attention_mask": one.traded[steps], "scale": one.scale[steps]}
-                for one in histories
-            ]
-        )
-        lengths = context["attention_mask"].sum(dim=1)
-        longest = int(lengths.max())
-        real = torch.arange(longest) >= longest - lengths[:, None]
-        ids = torch.where(real, self.tokenizer.ts_token_id, self.tokenizer.pad_token_id)
-        bos = torch.full((len(ids), 1), self.tokenizer.bos_token_id)
-        batch = {
-            "input_ids": torch.cat([ids, bos], dim=1),
-            "attention_mask": torch.cat([real, torch.ones_like(bos, dtype=torch.bool)], dim=1).long(),
-            "past_values": context["past_values"],
-            "past_values_mask": context["attention_mask"],
-        }
-        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        context = collate_windows([network_inputs(one, steps) for one in histories])
+        return {name: tensor.to(self.model.device) for name, tensor in context.items()}
 
 
 def language_config(checkpoint: str) -> SpaceExploreConfig:

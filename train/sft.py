@@ -23,6 +23,7 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.stocks import StockData, StocksConfig, build_stocks, open_extractor, open_stocks
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
+from spaceexploreai.pipeline_spaceexplore import add_pipeline
 from spaceexploreai.train.arguments import (
     SIZES,
     CommonArguments,
@@ -289,6 +290,7 @@ def save_checkpoint(trainer: Trainer, folder: str | Path, *beside) -> None:
         beside = (trainer.processing_class, tokenizer)
     # Not trainer.save_model, which adds a pickle of the arguments.
     with TemporaryDirectory(dir=folder) as temporary:
+        add_pipeline(plain, temporary)
         plain.save_pretrained(temporary, state_dict=weights)
         for part in beside:
             if part is not None:
