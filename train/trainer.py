@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from spaceexploreai.data.stocks import StoredWindows
+from spaceexploreai.pipeline_spaceexplore import add_pipeline
 
 
 class SpaceExploreTrainer(Trainer):
@@ -101,6 +102,13 @@ class SpaceExploreTrainer(Trainer):
             # A half-written one would be taken for the newest when training is resumed.
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save(self, output_dir=None, state_dict=None):
+        model, folder = self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir)
+        if self.args.should_save and isinstance(model, PreTrainedModel):  # and no adapter
+            folder.mkdir(parents=True, exist_ok=True)
+            add_pipeline(model, folder)
+        super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
