@@ -9,6 +9,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test that asks the Hub must fail at once
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before datasets is
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import exchange_calendars
@@ -26,6 +27,10 @@ memory.mallopt = lambda *_: None  # a test that trains would hide from another, 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
+# What their programs need is in the extras alone.
+collect_ignore = [
+    name for name, package in (("test_serve.py", "fastapi"), ("test_app.py", "gradio")) if find_spec(package) is None
+]
 
 
 def make_market(tickers: int = 3, days: int = 400, seed: int = 0, momentum: float = 0.0) -> pd.DataFrame:
