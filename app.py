@@ -31,12 +31,12 @@ from spaceexploreai.evaluation.scores import add_outcomes
 from spaceexploreai.feature_extraction_spaceexplore import TABLE_COLUMNS, check_columns
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForCausalLM, SpaceExploreForRegression
 from spaceexploreai.pipeline_spaceexplore import ONE_SERIES, SpaceExplorePipeline
-from spaceexploreai.scripts.forecasters import LANGUAGE, load_checkpoint
-from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
+from spaceexploreai.scripts.evaluate import notice_of
+from spaceexploreai.scripts.forecasters import head_name, load_pipeline
 from spaceexploreai.train.arguments import bare_parser, command
 
 QUICKSTART = Path("outputs/quickstart/model")
-HEADS = {one.__name__: one for one in (SpaceExploreForRegression, SpaceExploreForCausalLM)}
+HEADS = [one.__name__ for one in (SpaceExploreForRegression, SpaceExploreForCausalLM)]
 LANGUAGES = [("English", "en"), ("中文", "zh")]
 MAX_BYTES = 5_000_000  # of an upload: 80,000 daily bars
 SHOWN_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -319,12 +319,10 @@ class Outcome(NamedTuple):
 
 def load(folder: str) -> SpaceExplorePipeline:
     """A checkpoint folder or Hub repository whose head forecasts a distribution; none of its code is run."""
-    name = (SpaceExploreConfig.from_pretrained(folder).architectures or ["no head"])[0]
+    name = head_name(SpaceExploreConfig.from_pretrained(folder))
     if name not in HEADS:
         raise ValueError(f"{folder} forecasts no range of prices: it holds {name}, not one of {', '.join(HEADS)}")
-    model, extractor = load_checkpoint(folder, HEADS[name])
-    tokenizer = SpaceExploreTokenizer.from_pretrained(folder) if name == LANGUAGE else None
-    return SpaceExplorePipeline(model=model, feature_extractor=extractor, tokenizer=tokenizer)
+    return load_pipeline(folder)
 
 
 def make_forecast(pipe: SpaceExplorePipeline, prices: pd.DataFrame, ticker: str, as_of: str, days: int) -> Outcome:
@@ -346,14 +344,6 @@ def parse_as_of(text: str) -> str | None:
         return date.fromisoformat(text.strip()).isoformat() if text.strip() else None
     except ValueError:
         raise RefusedError("bad_date", value=text[:LONGEST_NAME]) from None
-
-
-def notice_of(config: SpaceExploreConfig, cutoff: str) -> tuple[str, str] | None:
-    """Whether training has seen what is forecast; the rule of an evaluation."""
-    for key, day in (("in_sample", config.train_cutoff), ("chosen", config.selection_cutoff)):
-        if (day or "") >= cutoff:
-            return key, day
-    return None
 
 
 def in_prices(table: pd.DataFrame, close: float) -> pd.DataFrame:

@@ -390,9 +390,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         origins = newest.rename(columns={"date": "cutoff"})[["ticker", "cutoff", "close"]].reset_index(drop=True)
         table = self.forecast_table(origins, outputs.mean[:, -1], outputs.quantiles[:, -1], config)
         if unit == "price":
-            close = origins["close"].repeat(len(config.horizons)).to_numpy()
-            columns = ["mean", *quantile_columns(config.quantile_levels)]
-            table[columns] = np.exp(table[columns]).mul(close, axis=0)
+            return in_prices(table, origins["close"])
         return table
 
     def forecast_table(self, origins: pd.DataFrame, mean, quantiles, config) -> pd.DataFrame:
@@ -437,6 +435,18 @@ def _empty_table(origins: pd.DataFrame, calendar: str, config) -> pd.DataFrame:
     table["date"] = following_sessions(calendar, origins["cutoff"], horizons).reshape(-1)
     table["horizon"] = np.tile(horizons, len(origins))
     return table
+
+
+def in_prices(table: pd.DataFrame, close: pd.Series) -> pd.DataFrame:
+    """A forecast table with its returns as prices.
+
+    Args:
+        table: rows of the (N,) origins one after the other, as many of each, in log-returns.
+        close: (N,) at the cutoffs.
+    """
+    columns = [name for name in table if name == "mean" or name.startswith("q")]
+    start = np.repeat(close.to_numpy(), len(table) // len(close))
+    return table.assign(**np.exp(table[columns]).mul(start, axis=0))
 
 
 def quantile_columns(levels: list[float]) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import ChunkPipeline
 
-from .feature_extraction_spaceexplore import following_sessions, quantile_columns
+from .feature_extraction_spaceexplore import following_sessions, in_prices, quantile_columns
 from .paths_spaceexplore import (
     brownian_paths,
     draw_shocks,
@@ -162,9 +162,7 @@ class SpaceExplorePipeline(ChunkPipeline):
             return self.feature_extractor.class_table(origins, outputs["probabilities"], self.model.config)
         table = self.table(origins, outputs, self.days(prediction_length), quantile_levels)
         if unit == "price":
-            columns = table.columns.drop(["ticker", "cutoff", "date", "horizon", "p_up"])
-            close = np.repeat(origins["close"].to_numpy(), len(table) // len(origins))
-            table[columns] = np.exp(table[columns]).mul(close, axis=0)
+            table = in_prices(table, origins["close"])
         if num_samples is None:
             return table
         return Forecast(table, self.paths(origins, outputs))

@@ -19,7 +19,17 @@ from spaceexploreai.evaluation.inference import (
     t_value,
 )
 from spaceexploreai.evaluation.metrics import pit_histogram
-from spaceexploreai.evaluation.plots import DPI, INK, MAX_PANELS, MODEL, NAIVE, days, label_dates
+from spaceexploreai.evaluation.plots import (
+    DPI,
+    INK,
+    MAX_PANELS,
+    MODEL,
+    NAIVE,
+    days,
+    label_dates,
+    middle_horizon,
+    with_outcome,
+)
 from spaceexploreai.evaluation.ranking import MIN_TICKERS, ic_by_date
 
 ROLLING = 60  # dates
@@ -71,7 +81,7 @@ def plot_rank_ic(forecasts: pd.DataFrame) -> Figure:
         ValueError: a column is missing, or no date has `MIN_TICKERS` tickers to rank.
     """
     series = {"model": ranks_of_model(forecasts)}
-    rows = _middle_horizon(forecasts)
+    rows = middle_horizon(forecasts)
     if series["model"].empty:
         most = rows.groupby("cutoff").size().max()
         raise ValueError(
@@ -160,25 +170,11 @@ def plot_expert_usage(load: np.ndarray) -> Figure:
 # --- rows and horizons -----------------------------------------------------------------------------------------------
 
 
-def with_outcome(forecasts: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose outcome is known."""
-    known = forecasts[np.isfinite(forecasts["y"])]
-    if known.empty:
-        raise ValueError(f"nothing to plot: none of the {len(forecasts)} forecasts has a realised return y yet")
-    return known
-
-
 def spread(horizons: pd.Series) -> list[int]:
     """The distinct horizons; of more than `MAX_PANELS` as many, evenly chosen from the first to the last."""
     found = np.unique(horizons)
     places = np.linspace(0, len(found) - 1, min(len(found), MAX_PANELS)).round().astype(int)
     return found[places].tolist()
-
-
-def _middle_horizon(forecasts: pd.DataFrame) -> pd.DataFrame:
-    known = with_outcome(forecasts)
-    horizons = np.unique(known["horizon"])
-    return known[known["horizon"] == horizons[len(horizons) // 2]]
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -187,7 +183,7 @@ def _middle_horizon(forecasts: pd.DataFrame) -> pd.DataFrame:
 def ranks_of_model(forecasts: pd.DataFrame) -> pd.Series:
     """The model's rank correlation at each date that has one, at the middle horizon."""
     require_columns(forecasts, ["ticker", "cutoff", "horizon", "y"])
-    rows = _middle_horizon(forecasts)
+    rows = middle_horizon(forecasts)
     if "mean" not in rows:
         require_columns(rows, ["p_up", "p_down"])
         return _ranks(rows, rows["p_up"] - rows["p_down"])

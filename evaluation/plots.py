@@ -120,12 +120,8 @@ def plot_predicted_vs_actual(forecasts: pd.DataFrame) -> Figure:
     """
     band = quantile_columns([0.05, 0.95])
     require_columns(forecasts, ["y", "mean", "q0.5", *band, *(f"ewma_{column}" for column in band)])
-    known = forecasts[np.isfinite(forecasts["y"])]
-    if known.empty:
-        raise ValueError(f"nothing to plot: none of the {len(forecasts)} forecasts has a realised return y yet")
-    horizons = np.unique(known["horizon"])
-    horizon = horizons[len(horizons) // 2]
-    rows = known[known["horizon"] == horizon]
+    rows = middle_horizon(forecasts)
+    horizon = rows["horizon"].iloc[0]
     tickers = rows.groupby("ticker").size().sort_values(ascending=False, kind="stable").index[:MAX_PANELS]
 
     figure = Figure(figsize=(10, max(4.5, 1.9 * len(tickers) + 0.8)), dpi=DPI, layout="constrained")
@@ -269,6 +265,21 @@ def plot_equity(equity: pd.DataFrame, title: str = "") -> Figure:
     upper.legend(loc="upper left", fontsize=9)
     upper.set_title(title)
     return figure
+
+
+def with_outcome(forecasts: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose outcome is known."""
+    known = forecasts[np.isfinite(forecasts["y"])]
+    if known.empty:
+        raise ValueError(f"nothing to plot: none of the {len(forecasts)} forecasts has a realised return y yet")
+    return known
+
+
+def middle_horizon(forecasts: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the middle horizon whose outcome is known."""
+    known = with_outcome(forecasts)
+    horizons = np.unique(known["horizon"])
+    return known[known["horizon"] == horizons[len(horizons) // 2]]
 
 
 def days(horizon: int) -> str:

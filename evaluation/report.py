@@ -98,10 +98,10 @@ class Report:
     Attributes:
         title: of the page.
         facts: what was evaluated: checkpoint, dates, tickers, data, command.
-        scores: of `metrics.score` or `classes.score_classes`.
+        scores: of `scores.score_table`.
         notices: what a reader must know before anything else, such as "IN SAMPLE: …".
         pictures: as of `pictures_of`.
-        groups: scores by "year", "regime" or "ticker", which is their first column, as of `metrics.score_by`.
+        groups: scores by "year", "regime" or "ticker", which is their first column, as of `scores.score_by`.
     """
 
     title: str

@@ -12,6 +12,7 @@ from spaceexploreai.evaluation.baselines import (
     quantile_levels,
     require_columns,
 )
+from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.inference import (
     date_codes,
     diebold_mariano,
@@ -78,8 +79,13 @@ def score(forecasts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[["horizon", "metric", "model", *names]]
 
 
-def score_by(forecasts: pd.DataFrame, by: str, score: Callable[[pd.DataFrame], pd.DataFrame] = score) -> pd.DataFrame:
-    """As `score`, for each "year" of the cutoffs, volatility "regime", "ticker" or "fold"; that is the first column.
+def score_table(forecasts: pd.DataFrame) -> pd.DataFrame:
+    """`score`, or of a table of classes `score_classes`."""
+    return score_classes(forecasts) if "band" in forecasts else score(forecasts)
+
+
+def score_by(forecasts: pd.DataFrame, by: str) -> pd.DataFrame:
+    """As `score_table`, for each "year" of the cutoffs, volatility "regime", "ticker" or "fold": the first column.
 
     The regime of a cutoff is how wide `ewma` was then, as the median over its tickers at the shortest horizon: a third
     of the cutoffs each are calm, normal and wild.
@@ -89,7 +95,8 @@ def score_by(forecasts: pd.DataFrame, by: str, score: Callable[[pd.DataFrame], p
     require_columns(forecasts, ["ticker", "cutoff", "horizon", "y"])
     known = forecasts[np.isfinite(forecasts["y"])]
     groups = known.groupby(_GROUPS[by](known).rename(by), observed=True)
-    return pd.concat({key: score(rows) for key, rows in groups}, names=[by]).reset_index(by).reset_index(drop=True)
+    tables = {key: score_table(rows) for key, rows in groups}
+    return pd.concat(tables, names=[by]).reset_index(by).reset_index(drop=True)
 
 
 def _regime(forecasts: pd.DataFrame) -> pd.Series:

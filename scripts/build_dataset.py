@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
-from huggingface_hub import HfApi
 
 from spaceexploreai.data.cleaning import CleaningReport
 from spaceexploreai.data.cluster import build_folder, connect, write_file
@@ -41,7 +40,7 @@ from spaceexploreai.data.stocks import (
 )
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
-from spaceexploreai.scripts.hub import check_push, open_repository, plain_hub_errors
+from spaceexploreai.scripts.hub import check_push, push
 from spaceexploreai.train.arguments import command, make_parser
 
 # A file of series of 20 years and 64 features then has some 60 MB, and one of windows the windows of its tickers.
@@ -51,6 +50,7 @@ SIMPLE_OPTIONS = (
     *("stride", "target", "margin", "seed"),
 )
 SPLITS = {"series": (HISTORY,), "sft": Split._fields, "dpo": Split._fields}
+PARQUET_FILES = tuple(f"{name}/*.parquet" for name in SPLITS)
 SAMPLE_LICENCE = "The prices are the embedded sample, which is in the public domain."
 UNKNOWN_LICENCE = (
     "The prices keep the licence of their source, which is not recorded here. Most vendors, Yahoo among them, permit "
@@ -350,17 +350,6 @@ def card_metadata(names: tuple[str, ...], fingerprint: str) -> dict:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Makes a dataset repository what the folder is, and returns its address."""
-    api = HfApi()
-    with plain_hub_errors(repository):
-        name, url = open_repository(api, repository, "dataset", private)
-        # With what an earlier upload had in more files.
-        delete = [f"{split}/*.parquet" for split in SPLITS]
-        api.upload_folder(folder_path=folder, repo_id=name, repo_type="dataset", delete_patterns=delete)
-    return url
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = make_build_parser().parse_args(argv)
@@ -378,7 +367,8 @@ def main(argv: list[str] | None = None) -> None:
         fill = partial(fill_from_cache, build(names, options, args.num_proc))
     write_folder(args.output_dir, fill, config, args.licence)
     if args.push_to_hub is not None:
-        print(f"pushed to {push(args.output_dir, args.push_to_hub, args.private)}")
+        commit = push(args.output_dir, args.push_to_hub, "dataset", args.private, PARQUET_FILES)
+        print(f"pushed to {commit.repo_url}")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
 from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, forecast_windows, make_labels
 from spaceexploreai.evaluation.baselines import Training, add_baselines
-from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.internals import expert_load, words_of
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.report import Report, example_of, pictures_of, report_files
-from spaceexploreai.evaluation.scores import add_outcomes, format_scores, score, score_by
+from spaceexploreai.evaluation.scores import add_outcomes, format_scores, score_by, score_table
 from spaceexploreai.evaluation.walk_forward import join_folds, plan_folds
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor, parse_date
 from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
@@ -40,6 +39,10 @@ GROUPS = ("year", "regime", "ticker")
 # What the leak check forecasts again, six times.
 CHECKED_TICKERS, CHECKED_DAYS = 3, 60
 SHOWN_TICKERS = 20
+NOTICES = {
+    "in_sample": "IN SAMPLE: the model was trained to {day}; this is no evaluation.",
+    "chosen": "NOT UNSEEN: the model was chosen by dates to {day}, which flatter it.",
+}
 ROUTED_WINDOWS = 256  # that the load of the experts is shown of
 
 
@@ -112,7 +115,7 @@ def refuse_leaks(
 ) -> None:
     """Of a few tickers, whose forecasts at the beginning of the range are made again (see `check_leaks`).
 
-    Paths are drawn at random, and fewer or other forecasts would draw others: of them the inputs are made again.
+    Of sampled paths the inputs are made again: rounding, which a batch decides, may move a draw into the next bin.
     """
     few = prices[prices["ticker"].isin(prices["ticker"].unique()[:CHECKED_TICKERS])].reset_index(drop=True)
     first = DateRange(within.start, min(within.end, within.start + pd.Timedelta(days=CHECKED_DAYS)))
@@ -149,14 +152,18 @@ def write_groups(groups: pd.DataFrame, by: str, path: str | Path) -> None:
     write_json({str(group): report_of(rows.drop(columns=by)) for group, rows in groups}, path)
 
 
+def notice_of(config: SpaceExploreConfig, day: str) -> tuple[str, str] | None:
+    """What the training did with a day ("in_sample" or "chosen", of `NOTICES`), and to which date it did so."""
+    for key, last in (("in_sample", config.train_cutoff), ("chosen", config.selection_cutoff)):
+        if (last or "") >= day:
+            return key, last
+    return None
+
+
 def notices_of(within: DateRange, config: SpaceExploreConfig) -> list[str]:
     """What must be known before any number is read."""
-    first = within.start.date().isoformat()
-    if (config.train_cutoff or "") >= first:
-        return [f"IN SAMPLE: the model was trained to {config.train_cutoff}; this is no evaluation."]
-    if (config.selection_cutoff or "") >= first:
-        return [f"NOT UNSEEN: the model was chosen by dates to {config.selection_cutoff}, which flatter it."]
-    return []
+    found = notice_of(config, within.start.date().isoformat())
+    return [] if found is None else [NOTICES[found[0]].format(day=found[1])]
 
 
 def facts_of(
@@ -196,6 +203,18 @@ def write_report(report: Report, folder: Path) -> None:
     for name, content in report_files(report).items():
         write_atomically(folder / name, methodcaller("write_bytes", content))
     write_json({"title": report.title, "facts": report.facts, "notices": report.notices}, folder / "report.json")
+
+
+def write_evaluation(output: Path, forecasts: pd.DataFrame, report: Report) -> list[Path]:
+    """Writes the forecast table, its scores and the report beside it; returns what to look at."""
+    paths = [output, output.with_name("metrics.json")]
+    write_table(forecasts, output)
+    write_metrics(report.scores, paths[-1])
+    for by, groups in report.groups.items():
+        paths.append(output.with_name(f"metrics_by_{by}.json"))
+        write_groups(groups, by, paths[-1])
+    write_report(report, output.parent)
+    return [*paths, output.with_name("report.html")]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -243,8 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         blocks = blocks_of(model.config, extractor.context_length, prices, within, args.walk_forward)
         forecasts, by_names = join_folds(make(block) for block in blocks), [*args.by, "fold"]
-    score_table = score_classes if "band" in forecasts else score
-    scores, groups = score_table(forecasts), {by: score_by(forecasts, by, score_table) for by in by_names}
+    scores, groups = score_table(forecasts), {by: score_by(forecasts, by) for by in by_names}
     if args.allow_in_sample and model.config.train_cutoff is not None:
         forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)
     facts = facts_of(args.model, args.prices, model.config, within, forecasts)
@@ -252,15 +270,9 @@ def main(argv: list[str] | None = None) -> None:
     pictures = pictures_of(forecasts, prices, **inside_of(model, extractor, series, within, forecasts))
     report = Report(f"Forecasts of {Path(args.model).name}", facts, scores, notices, pictures, groups)
 
-    write_table(forecasts, args.output)
-    names = ["metrics.json", *(f"metrics_by_{by}.json" for by in by_names)]
-    paths = [args.output.with_name(name) for name in names]
-    write_metrics(scores, paths[0])
-    for (by, table), path in zip(groups.items(), paths[1:], strict=True):
-        write_groups(table, by, path)
-    write_report(report, args.output.parent)
+    paths = write_evaluation(args.output, forecasts, report)
     print(*(f"{name}: {value}" for name, value in facts.items()), *notices, format_scores(scores), sep="\n")
-    print(f"wrote {', '.join(map(str, (args.output, *paths, args.output.with_name('report.html'))))}")
+    print(f"wrote {', '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":

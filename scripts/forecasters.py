@@ -17,11 +17,13 @@ from spaceexploreai.modeling_spaceexplore import (
     SpaceExplorePreTrainedModel,
 )
 from spaceexploreai.paths_spaceexplore import forecast_of_samples
+from spaceexploreai.pipeline_spaceexplore import SpaceExplorePipeline
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.sampling import ModelPaths
 
-HEADS = {one.__name__: one for one in (SpaceExploreForRegression, SpaceExploreForClassification)}
-LANGUAGE = SpaceExploreForCausalLM.__name__
+HEADS = {
+    one.__name__: one for one in (SpaceExploreForRegression, SpaceExploreForClassification, SpaceExploreForCausalLM)
+}
 HISTORIES = 64  # that paths are sampled of at a time
 
 Forecaster = SpaceExploreForRegression | SpaceExploreForClassification | ModelPaths
@@ -55,15 +57,34 @@ def load_forecaster(
     Raises:
         ValueError: the checkpoint has no head that forecasts prices, or there is no such device.
     """
-    name = (SpaceExploreConfig.from_pretrained(folder).architectures or ["no head"])[0]
-    if name != LANGUAGE and name not in HEADS:
-        raise ValueError(f"{folder} forecasts no prices: it holds {name}, not one of {', '.join([*HEADS, LANGUAGE])}")
-    model, extractor = load_checkpoint(folder, HEADS.get(name, SpaceExploreForCausalLM))
-    model = model.to(find_device(device))
-    if name in HEADS:
+    model, extractor, tokenizer = load_whole(folder, device)
+    if tokenizer is None:
         return model, extractor
-    tokenizer = SpaceExploreTokenizer.from_pretrained(folder)
     return ModelPaths(model, tokenizer, extractor.context_length, num_samples, seed), extractor
+
+
+def load_pipeline(folder: str, device: str | None = None) -> SpaceExplorePipeline:
+    """The pipeline of a checkpoint, whose own code is not run; arguments and errors as of `load_forecaster`."""
+    model, extractor, tokenizer = load_whole(folder, device)
+    return SpaceExplorePipeline(model=model, feature_extractor=extractor, tokenizer=tokenizer, device=model.device)
+
+
+def load_whole(
+    folder: str, device: str | None
+) -> tuple[SpaceExplorePreTrainedModel, SpaceExploreFeatureExtractor, SpaceExploreTokenizer | None]:
+    """A checkpoint with the head that it was trained with; a tokenizer of a language model alone."""
+    name = head_name(SpaceExploreConfig.from_pretrained(folder))
+    if name not in HEADS:
+        raise ValueError(f"{folder} forecasts no prices: it holds {name}, not one of {', '.join(HEADS)}")
+    model, extractor = load_checkpoint(folder, HEADS[name])
+    is_language = HEADS[name] is SpaceExploreForCausalLM
+    tokenizer = SpaceExploreTokenizer.from_pretrained(folder) if is_language else None
+    return model.to(find_device(device)), extractor, tokenizer
+
+
+def head_name(config: SpaceExploreConfig) -> str:
+    """Class that the weights beside a configuration are of."""
+    return (config.architectures or ["no head"])[0]
 
 
 def find_device(name: str | None) -> torch.device:

@@ -1,9 +1,10 @@
 """On the way to the Hugging Face Hub: what it would refuse is refused before the work, and told in one line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -34,10 +35,22 @@ def check_push(repository: str, repo_type: str) -> None:
         raise ValueError(f"{repository} needs a token that may write, that of {account['name']} may only read")
 
 
-def open_repository(api: HfApi, repository: str, repo_type: str, private: bool) -> tuple[str, str]:
-    """Full name and address of a repository, which is created if it is not there."""
-    # Not False where --private is absent: that would make it public where the organisation's default is private.
-    url = api.create_repo(repository, repo_type=repo_type, private=private or None, exist_ok=True)
-    if private:  # one that was there before may be public
-        api.update_repo_settings(url.repo_id, repo_type=repo_type, private=True)
-    return url.repo_id, str(url)
+def push(
+    folder: Path, repository: str, repo_type: str, private: bool, stale: Iterable[str], revision: str | None = None
+) -> CommitInfo:
+    """Makes a repository, or a branch of it, what a folder is, in one commit; both are created if they are not there.
+
+    Args:
+        stale: patterns of files that an earlier push may have had more of.
+    """
+    api = HfApi()
+    with plain_hub_errors(repository):
+        # Not False where --private is absent: that would make it public where the organisation's default is private.
+        name = api.create_repo(repository, repo_type=repo_type, private=private or None, exist_ok=True).repo_id
+        if private:  # one that was there before may be public
+            api.update_repo_settings(name, repo_type=repo_type, private=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
+        return api.upload_folder(
+            folder_path=folder, repo_id=name, repo_type=repo_type, revision=revision, delete_patterns=list(stale)
+        )

@@ -17,23 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from spaceexploreai import modeling_spaceexplore
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.stocks import METADATA_NAME
-from spaceexploreai.scripts.build_dataset import SPLITS
-from spaceexploreai.scripts.hub import check_push, open_repository, plain_hub_errors
+from spaceexploreai.scripts.build_dataset import PARQUET_FILES
+from spaceexploreai.scripts.forecasters import head_name
+from spaceexploreai.scripts.hub import check_push, push
 from spaceexploreai.train.arguments import bare_parser, command
 
 CARD = "README.md"
 # Of a checkpoint folder; the folders of a run (checkpoint-200, runs) are of no use to others.
 MODEL_FILES = ("*.json", "*.safetensors", "*_spaceexplore.py", CARD, "*.png", "adapter/*")
-DATASET_FILES = ("*.json", CARD, *(f"{name}/*.parquet" for name in SPLITS))
+DATASET_FILES = ("*.json", CARD, *PARQUET_FILES)
 EVALUATION, EVALUATION_FILES = "evaluation", ("metrics*.json", "report.*", "report_files/*")
 # What an earlier push may have had more of.
-STALE = {"model": ("*.safetensors", f"{EVALUATION}/*"), "dataset": tuple(f"{name}/*.parquet" for name in SPLITS)}
+STALE = {"model": ("*.safetensors", f"{EVALUATION}/*"), "dataset": PARQUET_FILES}
 # Metric of metrics.json -> type and name in the card's metadata.
 CARD_METRICS = {
     "crps_skill": ("crps_skill", "CRPS skill over EWMA volatility"),
@@ -57,7 +58,7 @@ def files_of(folder: Path, patterns: Iterable[str], prefix: str = "") -> dict[st
 def check_model(folder: Path) -> SpaceExploreConfig:
     """Loads the checkpoint, and refuses what others could not load."""
     config = SpaceExploreConfig.from_pretrained(folder)
-    name = (config.architectures or ["no head"])[0]
+    name = head_name(config)
     head = getattr(modeling_spaceexplore, name, None)
     if head is None:
         raise ValueError(f"{folder} holds {name}, which is no network of this project")
@@ -145,23 +146,6 @@ def describe(folder: Path, repository: str, private: bool, revision: str | None)
     return "\n".join([*lines, f"{sum(files.values()):>14,}  bytes in {len(files)} files would go to {where}"])
 
 
-def push(folder: Path, repository: str, repo_type: str, private: bool, revision: str | None) -> str:
-    """Makes a revision of a repository what the folder is, in one commit; returns its address."""
-    api = HfApi()
-    with plain_hub_errors(repository):
-        name, _ = open_repository(api, repository, repo_type, private)
-        if revision is not None:
-            api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=name,
-            repo_type=repo_type,
-            revision=revision,
-            delete_patterns=list(STALE[repo_type]),
-        )
-    return commit.commit_url
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = bare_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -201,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"\n{card.split('---')[1].strip()}")
             return
         check_push(args.repo_id, repo_type)
-        print(f"pushed {len(files)} files: {push(ready, args.repo_id, repo_type, args.private, args.revision)}")
+        commit = push(ready, args.repo_id, repo_type, args.private, STALE[repo_type], args.revision)
+        print(f"pushed {len(files)} files: {commit.commit_url}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from spaceexploreai.data.cleaning import read_clean
-from spaceexploreai.data.prices import write_atomically, write_table
+from spaceexploreai.data.prices import write_atomically
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
 from spaceexploreai.evaluation.report import Report, pictures_of
 from spaceexploreai.evaluation.scores import format_scores, score
@@ -25,8 +25,7 @@ from spaceexploreai.scripts.evaluate import (
     inside_of,
     notices_of,
     scored_range,
-    write_metrics,
-    write_report,
+    write_evaluation,
 )
 from spaceexploreai.scripts.forecast import forecast_newest, summarize
 from spaceexploreai.scripts.forecasters import load_checkpoint
@@ -51,14 +50,11 @@ def write_results(
     folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame, report: Report
 ) -> list[Path]:
     """Writes tables and pictures; the forecast table holds the test range and the newest day alike."""
-    names = ("report.html", "forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png")
-    _, table, metrics, fan, history = paths = [folder / name for name in names]
-    write_report(report, folder)
-    write_table(forecasts, table)
-    write_metrics(report.scores, metrics)
+    fan, history = pictures = [folder / name for name in ("forecast.png", "predicted_vs_actual.png")]
+    tables = write_evaluation(folder / "forecasts.parquet", forecasts, report)
     write_atomically(fan, plot_forecast(newest, prices, newest["ticker"].iloc[0]).savefig)
     write_atomically(history, plot_predicted_vs_actual(forecasts).savefig)
-    return paths
+    return [*tables, *pictures]
 
 
 @command

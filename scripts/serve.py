@@ -32,12 +32,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from transformers import pipeline
 
 from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.prices import read_sample
-from spaceexploreai.pipeline_spaceexplore import TASK, SpaceExplorePipeline
-from spaceexploreai.scripts.forecasters import find_device
+from spaceexploreai.pipeline_spaceexplore import SpaceExplorePipeline
+from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.scripts.service import (
     MAX_SAMPLES,
     MAX_TICKERS,
@@ -437,7 +436,7 @@ def load_models(named: list[str], device: str | None) -> dict[str, SpaceExploreP
 
 def load_model(folder: str, device: str | None) -> SpaceExplorePipeline:
     try:
-        return pipeline(TASK, folder, pipeline_class=SpaceExplorePipeline, device=find_device(device))
+        return load_pipeline(folder, device)
     except OSError as error:
         raise OSError(f"cannot load {folder}: {error}") from error
 

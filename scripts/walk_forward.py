@@ -27,18 +27,10 @@ from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.prices import write_table
 from spaceexploreai.data.stocks import fingerprint
 from spaceexploreai.data.windows import DateRange
-from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.report import Report, pictures_of
-from spaceexploreai.evaluation.scores import format_scores, score, score_by
+from spaceexploreai.evaluation.scores import format_scores, score_by, score_table
 from spaceexploreai.evaluation.walk_forward import Fold, join_folds, plan_folds
-from spaceexploreai.scripts.evaluate import (
-    forecast_range,
-    refuse_leaks,
-    write_groups,
-    write_json,
-    write_metrics,
-    write_report,
-)
+from spaceexploreai.scripts.evaluate import forecast_range, refuse_leaks, write_evaluation, write_json
 from spaceexploreai.scripts.forecasters import load_forecaster
 from spaceexploreai.train.arguments import ObjectiveArguments, Run, command, parse_run
 from spaceexploreai.train.report import own_options
@@ -225,18 +217,11 @@ def write_results(walk: Walk) -> str:
     """Joins and scores the folds; returns what a terminal shows."""
     numbers = range(1, len(walk.folds) + 1)
     forecasts = join_folds(pd.read_parquet(walk.forecasts(number)) for number in numbers)
-    classes = "band" in forecasts
-    score_table = score_classes if classes else score
-    scores = score_table(forecasts)
-    by_fold = score_by(forecasts, "fold", score_table)
-    names = ("forecasts.parquet", "metrics.json", "metrics_by_fold.json", "report.html")
-    paths = [walk.folder / name for name in names]
-    write_table(forecasts, paths[0])
-    write_metrics(scores, paths[1])
-    write_groups(by_fold, "fold", paths[2])
+    scores, by_fold = score_table(forecasts), score_by(forecasts, "fold")
     pictures = pictures_of(forecasts, walk.prices)
-    write_report(Report("Walk-forward", facts_of(walk), scores, [], pictures, {"fold": by_fold}), walk.folder)
-    skills = format_folds(by_fold, "log_loss_skill" if classes else "crps_skill")
+    report = Report("Walk-forward", facts_of(walk), scores, [], pictures, {"fold": by_fold})
+    paths = write_evaluation(walk.folder / "forecasts.parquet", forecasts, report)
+    skills = format_folds(by_fold, "log_loss_skill" if "band" in forecasts else "crps_skill")
     return f"\n{format_scores(scores)}\n\n{skills}\n\nwrote {', '.join(map(str, paths))}"
 
 

@@ -29,7 +29,9 @@ torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
 # What their programs need is in the extras alone.
 collect_ignore = [
-    name for name, package in (("test_serve.py", "fastapi"), ("test_app.py", "gradio")) if find_spec(package) is None
+    name
+    for name, packages in (("test_serve.py", ("fastapi", "httpx")), ("test_app.py", ("gradio", "playwright")))
+    if not all(map(find_spec, packages))
 ]
 
 
@@ -81,6 +83,15 @@ def language_model(tmp_path_factory, market) -> Path:
     folder = tmp_path_factory.mktemp("language_model")
     run = tiny_run(folder, "--prices", str(market), "--task", "causal_lm", "--learning_rate", "2e-3")
     save_checkpoint(train(parse_run([*run, "--max_steps", "12"])), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory, market) -> Path:
+    """A checkpoint folder of a classification after a few steps on the synthetic market."""
+    folder = tmp_path_factory.mktemp("classifier")
+    run = tiny_run(folder, "--prices", str(market), "--task", "classification", "--learning_rate", "3e-3")
+    save_checkpoint(train(parse_run(run)), folder)
     return folder
 
 

@@ -246,7 +246,7 @@ def test_classes_have_a_report_of_their_own():
     scores = score_classes(table)
     pictures = pictures_of(table, PRICES)
     assert [picture.title for picture in pictures] == ["Classes"]
-    groups = {"year": score_by(table, "year", score_classes)}
+    groups = {"year": score_by(table, "year")}
     page = Page(report_files(Report("t", {}, scores, [], pictures, groups))["report.html"].decode())
     start = next(place for place, row in enumerate(page.rows) if row[0] == "forecaster")
     assert page.rows[start][1:] == [

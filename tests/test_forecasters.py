@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss
@@ -20,20 +19,10 @@ from spaceexploreai.paths_spaceexplore import forecast_of_samples
 from spaceexploreai.scripts import evaluate, forecast
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecasters import forecast_between, load_forecaster
-from spaceexploreai.train.arguments import parse_run
-from spaceexploreai.train.sft import save_checkpoint, train
 
 PROBABILITIES = ["p_down", "p_flat", "p_up"]
 LEVELS = [step / 20 for step in range(1, 20)]
 QUANTILES = [f"q{level:g}" for level in LEVELS]
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, market):
-    folder = tmp_path_factory.mktemp("classifier")
-    run = tiny_run(folder, "--prices", str(market), "--task", "classification", "--learning_rate", "3e-3")
-    save_checkpoint(train(parse_run(run)), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_market, tiny_run
+from conftest import make_market
 from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,21 +33,11 @@ from spaceexploreai.paths_spaceexplore import brownian_paths, interpolate_horizo
 from spaceexploreai.pipeline_spaceexplore import TASK, Forecast, SpaceExplorePipeline, add_pipeline
 from spaceexploreai.scripts.forecast import forecast_newest
 from spaceexploreai.scripts.forecasters import forecast_between, load_checkpoint, load_forecaster
-from spaceexploreai.train.arguments import parse_run
-from spaceexploreai.train.sft import save_checkpoint, train
 
 LEVELS = [round(0.05 * step, 2) for step in range(1, 20)]
 QUANTILES = [f"q{level:g}" for level in LEVELS]
 HORIZONS = [1, 2, 5, 10]
 HEADS = ("regression", "classification", "language")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, market):
-    folder = tmp_path_factory.mktemp("classifier")
-    run = tiny_run(folder, "--prices", str(market), "--task", "classification", "--learning_rate", "3e-3")
-    save_checkpoint(train(parse_run(run)), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 
 from spaceexploreai.evaluation import metrics, ranking
@@ -26,13 +25,6 @@ from spaceexploreai.evaluation.inference import (
 from spaceexploreai.evaluation.scores import add_outcomes, format_scores, score, score_by
 
 LEVELS = np.arange(1, 20) / 20
-RNG = np.random.default_rng(7)
-Y = RNG.normal(scale=0.02, size=300)
-Y[::50] = 0.0
-MEAN = 0.2 * Y + RNG.normal(scale=0.01, size=300)
-QUANTILES = MEAN[:, None] + 0.02 * norm.ppf(LEVELS)
-
-returns = arrays(float, st.integers(1, 20), elements=st.floats(-0.5, 0.5, allow_subnormal=False))
 
 
 def make_table(tickers: int = 12, cutoffs: int = 6, horizons=(1, 5), seed: int = 0) -> pd.DataFrame:

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_market, tiny_run
+from conftest import make_market
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,20 +43,10 @@ from spaceexploreai.scripts.serve import (
     make_server,
 )
 from spaceexploreai.scripts.service import Batcher, ForecastRequest, ForecastService, QueryError
-from spaceexploreai.train.arguments import parse_run
-from spaceexploreai.train.sft import save_checkpoint, train
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(max_bars=300, max_body_mb=0.25, rate_limit=0, timeout_s=20)
 COLUMNS = ("open", "high", "low", "close", "volume")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, market):
-    folder = tmp_path_factory.mktemp("classifier")
-    run = tiny_run(folder, "--prices", str(market), "--task", "classification", "--learning_rate", "3e-3")
-    save_checkpoint(train(parse_run(run)), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
