@@ -24,14 +24,14 @@ from transformers.utils import logging
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import KINDS, CleaningReport, clean, read_clean
 from spaceexploreai.data.prices import TICKER_PATTERN
-from spaceexploreai.evaluation.baselines import BASELINES, add_baselines, quantile_columns
+from spaceexploreai.evaluation.baselines import BASELINES, quantile_columns
 from spaceexploreai.evaluation.internals import words_of
 from spaceexploreai.evaluation.plots import FAN_LEVELS, plot_forecast, stamp
-from spaceexploreai.evaluation.scores import add_outcomes
 from spaceexploreai.feature_extraction_spaceexplore import TABLE_COLUMNS, check_columns
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForCausalLM, SpaceExploreForRegression
 from spaceexploreai.pipeline_spaceexplore import ONE_SERIES, SpaceExplorePipeline
 from spaceexploreai.scripts.evaluate import notice_of
+from spaceexploreai.scripts.forecast import forecast_newest
 from spaceexploreai.scripts.forecasters import head_name, load_pipeline
 from spaceexploreai.train.arguments import bare_parser, command
 
@@ -328,8 +328,7 @@ def load(folder: str) -> SpaceExplorePipeline:
 def make_forecast(pipe: SpaceExplorePipeline, prices: pd.DataFrame, ticker: str, as_of: str, days: int) -> Outcome:
     bars = prices[prices["ticker"] == ticker].reset_index(drop=True)
     options = {"prediction_length": int(days), "quantile_levels": list(FAN_LEVELS)}
-    table = pipe(bars, as_of=parse_as_of(as_of), unit="log_return", **options)
-    table = add_baselines(add_outcomes(table, bars), bars)
+    table = forecast_newest(pipe, bars, parse_as_of(as_of), **options).table
     cutoff = table["cutoff"].iloc[0]
     (series,) = pipe.feature_extractor.encode(bars[bars["date"] <= cutoff])
     words = words_of(pipe.model, series, cutoff, pipe.feature_extractor.context_length)

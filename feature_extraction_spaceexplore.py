@@ -272,15 +272,15 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         Returns:
             One row per bar: `ticker, date, <feature_names>`, float32, NaN where undefined.
         """
-        prices = validate_prices(prices)
+        prices, names = validate_prices(prices), self.feature_names
         # As pandas keeps a table: column by column.
-        values = np.empty((len(self.feature_names), len(prices)), dtype=np.float32)
+        values = np.empty((len(names), len(prices)), dtype=np.float32)
         tickers = prices.groupby("ticker", sort=False)
         for _, bars in tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
-            values[:, bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, self.feature_names).T
-        for name, column in compute_panel(prices, self.feature_names):
-            values[self.feature_names.index(name)] = column
-        features = pd.DataFrame(values.T, columns=self.feature_names, copy=False)
+            values[:, bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, names).T
+        for name, column in compute_panel(prices, names):
+            values[names.index(name)] = column
+        features = pd.DataFrame(values.T, columns=names, copy=False)
         features.insert(0, "ticker", prices["ticker"])
         features.insert(1, "date", prices["date"])
         return features
@@ -313,10 +313,12 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         Returns:
             One series per ticker, in the order of the table; tickers whose volatility is never known are left out.
         """
+        prices = validate_prices(prices)
+        return self._encode(prices, self.compute_features(prices) if features is None else features)
+
+    def _encode(self, prices: pd.DataFrame, features: pd.DataFrame) -> list[EncodedSeries]:
         if self.center is None:
             raise ValueError("the feature extractor has no statistics yet: call fit on the training split first")
-        prices = validate_prices(prices)
-        features = self.compute_features(prices) if features is None else features
         center, spread = np.array(self.center), np.array(self.spread)
         series = []
         for ticker, bars in prices.groupby("ticker", sort=False):
@@ -343,8 +345,11 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         Returns:
             `past_values` (B, T, F), `attention_mask` (B, T), `scale` (B, T); B tickers in sorted order.
         """
-        prices = self.history(prices, as_of)
-        series = self.encode(prices)
+        return self.newest_contexts(self.history(prices, as_of), return_tensors)
+
+    def newest_contexts(self, history: pd.DataFrame, return_tensors: str | None = "pt") -> BatchFeature:
+        """As `__call__`, of what `history` gave."""
+        series = self._encode(history, self.compute_features(history))
         batch = {
             "past_values": np.stack([one.values[-self.context_length :] for one in series]),
             "attention_mask": np.stack([one.traded[-self.context_length :] for one in series]).astype(np.int64),

@@ -38,10 +38,10 @@ ONE_SERIES = "series"  # ticker of a table without that column
 
 
 class Forecast(NamedTuple):
-    """The forecast table, and the closes of sampled paths: `ticker, sample, date, close`."""
+    """The forecast table, and the closes of sampled paths, if any: `ticker, sample, date, close`."""
 
     table: pd.DataFrame
-    paths: pd.DataFrame
+    paths: pd.DataFrame | None
 
 
 class SpaceExplorePipeline(ChunkPipeline):
@@ -133,7 +133,7 @@ class SpaceExplorePipeline(ChunkPipeline):
         self.check(seed, **asked)
         prices = prices if "ticker" in prices.columns else prices.assign(ticker=ONE_SERIES)
         history = self.feature_extractor.history(prices, as_of)
-        batch = self.feature_extractor(history)
+        batch = self.feature_extractor.newest_contexts(history)
         newest = history.groupby("ticker", sort=False).tail(1)
         origins = newest[["ticker", "date", "close"]].rename(columns={"date": "cutoff"})
         for row, origin in enumerate(origins.assign(scale=batch["scale"][:, -1].numpy()).to_dict("records")):
@@ -249,6 +249,9 @@ def check_count(name: str, value: int, least: int, most: int | None = None, whic
 def check_levels(levels: list[float], lowest: float, highest: float) -> None:
     if not isinstance(levels, list | tuple | np.ndarray) or not len(levels) or not (np.diff(levels) > 0).all():
         raise ValueError(f"quantile_levels must be a list of increasing numbers, got {levels!r}")
+    columns = quantile_columns(levels)
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"quantile_levels must differ in the columns' names, {', '.join(columns)}, got {levels!r}")
     for level in levels:
         if not lowest <= level <= highest:
             raise ValueError(f"quantile level {level:g} is not within {lowest:g} and {highest:g}, which are forecast")

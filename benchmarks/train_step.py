@@ -1,15 +1,17 @@
 """How near a training step comes to the matrix products that it is made of, at this machine's speed of such.
 
-    python benchmarks/train_step.py [--model-config FILE] [--tokens 2048] [--context 64] [--rounds 9]
+    python benchmarks/train_step.py [--model-config FILE] [--tokens 2048] [--context 64] [--rounds 9] [--threads 1]
 
-Random inputs with a label at every step, one thread, float32: forward, backward, clipping and the optimiser that
-`Trainer` takes by default. Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B) is the time that the products
-of the model would take at the speed of a large square one, over the time of the step. Both take turns, and the median
-of the rounds' ratios is shown. Times are CPU times of the process: where nothing else runs, those of the clock. First
-with the allocator as it is, then with freed memory kept, as the training programs have it. Exit code 1 when 2,000
-tokens or more have a utilisation below 0.75 then, which is asked of recipes/27m.
+Random inputs with a label at every step, float32: forward, backward, clipping and the optimiser that `Trainer` takes
+by default. Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B) is the time that the products of the model
+would take at the speed of a large square one with as many threads, over the time of the step. Both take turns, and the
+median of the rounds' ratios is shown. Times of one thread are CPU times of the process: where nothing else runs, those
+of the clock. Those of several are the clock's, and want a machine to themselves. First with the allocator as it is,
+then with freed memory kept, as the training programs have it. Exit code 1 when 2,000 tokens or more have a utilisation
+below 0.75 then, which is asked of recipes/27m.
 """
 
+import argparse
 import json
 import resource
 import sys
@@ -42,7 +44,10 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "27m" / "config.json"
 SQUARE = 2048  # rows and columns of the product that sets the machine's speed
 LEAST_UTILISATION, LEAST_TOKENS = 0.75, 2000
 
-clock = time.process_time
+
+def clock() -> float:
+    """CPU time of the process, which other programs hardly lengthen; of several threads that would be the sum."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def grouped_flops(rows: torch.Size, weights: torch.Size, *args, out_shape=None, **kwargs) -> int:
@@ -85,12 +90,25 @@ class ProductClock(TorchDispatchMode):
         return output
 
 
+def count_flops(function: Callable[[], object]) -> int:
+    """Of the matrix products and convolutions; experts work on the tokens they got."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 class Training:
     """The network of a recipe, a batch and an optimiser."""
 
-    def __init__(self, config: SpaceExploreConfig, tokens: int, context: int):
+    def __init__(
+        self,
+        config: SpaceExploreConfig,
+        tokens: int,
+        context: int,
+        make_model: Callable[[SpaceExploreConfig], SpaceExploreForRegression] = SpaceExploreForRegression,
+    ):
         torch.manual_seed(0)
-        self.model = SpaceExploreForRegression(config).train()
+        self.model = make_model(config).train()
         arguments = TrainingArguments("unused", use_cpu=True, report_to=[])
         self.max_grad_norm = arguments.max_grad_norm
         self.optimizer = Trainer(self.model, arguments).create_optimizer()
@@ -118,11 +136,10 @@ class Training:
         self.update()
 
     def count_flops(self) -> int:
-        """Of the matrix products and convolutions of forward and backward; experts work on the tokens they got."""
-        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-            self.backward()
+        """Of forward and backward."""
+        flops = count_flops(self.backward)
         self.optimizer.zero_grad()
-        return counter.get_total_flops()
+        return flops
 
 
 def seconds(function: Callable[[], None]) -> float:
@@ -205,19 +222,19 @@ def utilisation(rounds: list[Round], flops: int) -> float:
 
 
 HEAD = (
-    "| tokens | freed memory | products, GFLOP | square, GFLOP/s | products at that speed, s "
+    "| tokens | threads | freed memory | products, GFLOP | square, GFLOP/s | products at that speed, s "
     "| products as they run, s | step, s | utilisation | targets/s | peak MB |\n"
-    "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
 def format_steps(training: Training, memory: str, rounds: list[Round], flops: int) -> str:
     """A row under `HEAD`."""
     step, products, speed = (median(values) for values in list(zip(*rounds, strict=True))[:3])
-    targets = training.batch["labels"].numel()
+    tokens, targets = training.batch["scale"].numel(), training.batch["labels"].numel()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
     return (
-        f"| {training.batch['scale'].numel():,} | {memory} | {flops / 1e9:.1f} | {speed / 1e9:.1f} "
+        f"| {tokens:,} | {torch.get_num_threads()} | {memory} | {flops / 1e9:.1f} | {speed / 1e9:.1f} "
         f"| {flops / speed:.3f} | {products:.3f} | {step:.3f} | {utilisation(rounds, flops):.3f} "
         f"| {targets / step:,.0f} | {peak / 2**20:,.0f} |"
     )
@@ -230,18 +247,31 @@ def format_parts(rounds: list[Round]) -> str:
     return "\n".join(lines + [f"| {name} | {share:.1%} |" for name, share in shares.items()])
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    parser = bare_parser(__doc__)
+def read_config(path: Path) -> SpaceExploreConfig:
+    return SpaceExploreConfig(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def parse_options(description: str, argv: list[str] | None, **numbers: int) -> argparse.Namespace:
+    """Options of a program that trains: a network, and the given numbers beside how many tokens a batch has."""
+    numbers = {"tokens": SQUARE, "context": 64, **numbers}
+    parser = bare_parser(description)
     parser.add_argument("--model-config", type=Path, default=RECIPE, help="config.json; default: recipes/27m")
-    for name, default in {"tokens": SQUARE, "context": 64, "rounds": 9}.items():
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.context < 1 or args.tokens < 1 or args.tokens % args.context:
+    for name in numbers:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.tokens % args.context:
         raise ValueError(f"tokens must be a multiple of the context, got {args.tokens} and {args.context}")
-    config = SpaceExploreConfig(**json.loads(args.model_config.read_text(encoding="utf-8")))
-    torch.set_num_threads(1)  # a second would measure whatever else the machine is doing
-    training = Training(config, args.tokens, args.context)
+    return args
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse_options(__doc__, argv, rounds=9, threads=1)
+    torch.set_num_threads(args.threads)
+    training = Training(read_config(args.model_config), args.tokens, args.context)
     flops = training.count_flops()
     print(HEAD)
     given_back = measure(training, args.rounds)

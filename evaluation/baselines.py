@@ -4,6 +4,7 @@ with `baselines="all"` those that are fitted too."""
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from statistics import NormalDist
 from typing import NamedTuple
@@ -60,13 +61,14 @@ def add_baselines(
       (Barone-Adesi, Giannopoulos & Vosper, 1999), without its resampling of daily returns. A pool of fewer than
       `MIN_POOL` returns, as before a short history, gives way to the unit normal.
 
-    With "all" those of `FITTED` follow, which see the training range and their own cutoff: `garch.py`, and ridge,
-    lightgbm, dlinear and patchtst of the network's own inputs, `learned.py` and `neural.py`.
+    With "ewma" that one stands alone. With "all" those of `FITTED` follow, which see the training range and their own
+    cutoff: `garch.py`, and ridge, lightgbm, dlinear and patchtst of the network's own inputs, `learned.py` and
+    `neural.py`.
 
     Args:
         forecasts: forecast table; row order and index are kept, baseline columns already there are replaced.
         prices: validated price table with the history of every ticker forecast.
-        baselines: "fast" or "all".
+        baselines: "ewma", "fast" or "all".
         training: what "all" are fitted to.
 
     Returns:
@@ -76,36 +78,29 @@ def add_baselines(
         ValueError: a cutoff without a bar or with less history than `ewma_volatility` needs, a missing or malformed
             column; of "all", no training or a package that is not installed.
     """
-    if baselines not in ("fast", "all"):
-        raise ValueError(f"baselines must be fast or all, got {baselines!r}")
+    if baselines not in ("ewma", "fast", "all"):
+        raise ValueError(f"baselines must be ewma, fast or all, got {baselines!r}")
     require_columns(forecasts, ["ticker", "cutoff", "horizon"])
-    naive = _fast(forecasts, prices)
+    naive = _fast(forecasts, prices, ("ewma",) if baselines == "ewma" else BASELINES)
     if baselines == "all":
         fitted = _fitted(forecasts, prices, naive, training)
         naive = pd.concat([naive, *fitted], axis=1)
     return pd.concat([forecasts.drop(columns=naive.columns, errors="ignore"), naive], axis=1)
 
 
-def _fast(forecasts: pd.DataFrame, prices: pd.DataFrame) -> pd.DataFrame:
+def _fast(forecasts: pd.DataFrame, prices: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Columns of the baselines that need no training."""
     levels = np.array(levels_of(forecasts))
     horizons = forecasts["horizon"].to_numpy()
     bars = _running_statistics(prices)
-    for horizon in np.unique(horizons):
+    for horizon in np.unique(horizons) if "last" in names else ():
         bars[f"move_{horizon}"] = bars["log_close"] - bars.groupby("ticker")["log_close"].shift(horizon)
     known = _known_at_cutoff(forecasts, bars)
     past = bars[bars["date"] <= forecasts["cutoff"].min()]
     pools = {horizon: _standardised_returns(past, horizon) for horizon in np.unique(horizons)}
-    return pd.concat(
-        [
-            known["naive_error"],
-            _zero(known, horizons, levels).add_prefix("zero_"),
-            _drift(known, horizons, levels).add_prefix("drift_"),
-            _last(known, horizons, levels).add_prefix("last_"),
-            _ewma(known, horizons, levels, pools).add_prefix("ewma_"),
-        ],
-        axis=1,
-    ).set_axis(forecasts.index)
+    makers = {"zero": _zero, "drift": _drift, "last": _last, "ewma": partial(_ewma, pools=pools)}
+    tables = [makers[name](known, horizons, levels).add_prefix(f"{name}_") for name in names]
+    return pd.concat([known["naive_error"], *tables], axis=1).set_axis(forecasts.index)
 
 
 def _fitted(

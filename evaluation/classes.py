@@ -40,17 +40,20 @@ def confusion_matrix(true: np.ndarray, probabilities: np.ndarray) -> pd.DataFram
     return pd.DataFrame(counts, pd.Index(CLASSES, name="true"), pd.Index(CLASSES, name="forecast"))
 
 
+def probabilities_of(forecasts: pd.DataFrame, name: str = "model") -> np.ndarray:
+    """(N, 3) of the model or a baseline."""
+    own = [f"p_{one}" for one in CLASSES]
+    if name == "model" and set(own) <= set(forecasts):
+        return forecasts[own].to_numpy()
+    levels = np.array(levels_of(forecasts))
+    quantiles = forecasts[quantile_columns(levels, "" if name == "model" else f"{name}_")].to_numpy()
+    return class_probabilities(quantiles, levels, forecasts["band"].to_numpy())
+
+
 def forecast_classes(forecasts: pd.DataFrame, name: str = "model") -> tuple[np.ndarray, np.ndarray]:
     """The (N,) classes that came true and the (N, 3) probabilities of the model or a baseline, of rows with a `y`."""
     known = forecasts[np.isfinite(forecasts["y"])]
-    own, band = [f"p_{one}" for one in CLASSES], known["band"].to_numpy()
-    if name == "model" and set(own) <= set(known):
-        probabilities = known[own].to_numpy()
-    else:
-        levels = np.array(levels_of(known))
-        quantiles = known[quantile_columns(levels, "" if name == "model" else f"{name}_")].to_numpy()
-        probabilities = class_probabilities(quantiles, levels, band)
-    return classes(known["y"].to_numpy(), band), probabilities
+    return classes(known["y"].to_numpy(), known["band"].to_numpy()), probabilities_of(known, name)
 
 
 def score_classes(forecasts: pd.DataFrame) -> pd.DataFrame:

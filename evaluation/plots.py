@@ -18,7 +18,7 @@ from spaceexploreai.evaluation.baselines import quantile_columns, require_column
 
 DPI = 150
 MAX_PANELS = 4
-MAX_HISTORY_TICKS = 5
+MAX_HISTORY_TICKS = MAX_HORIZON_TICKS = 5
 # (lower level, upper level, grey): nested, darker towards the median, told apart in print
 INTERVALS = ((0.05, 0.95, "0.9"), (0.1, 0.9, "0.8"), (0.25, 0.75, "0.67"))
 FAN_LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # their bounds and the median
@@ -199,7 +199,7 @@ def _label_trading_days(axes: Axes, dates: pd.Series, rows: pd.DataFrame) -> Non
     history = [day for day in range(0, -len(dates), -step) if last - day > step / 3]  # names would overlap
     names = [*(dates.iloc[day - 1] for day in history), rows["date"].iloc[-1]]
     axes.set_xticks([*history, last], [f"{name:%Y-%m-%d}" for name in names], rotation=25, ha="right")
-    between = rows["horizon"].iloc[:-1]
+    between = rows["horizon"].iloc[: -1 : -(-len(rows) // MAX_HORIZON_TICKS)]
     axes.set_xticks(between, between, minor=True, fontsize=7)
     axes.margins(x=0.02)
     axes.set_xlabel("trading day (vertical line: last day known; small numbers: trading days after it)")

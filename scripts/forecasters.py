@@ -56,6 +56,7 @@ def load_forecaster(
 
     Raises:
         ValueError: the checkpoint has no head that forecasts prices, or there is no such device.
+        OSError: there is no such checkpoint.
     """
     model, extractor, tokenizer = load_whole(folder, device)
     if tokenizer is None:
@@ -73,7 +74,10 @@ def load_whole(
     folder: str, device: str | None
 ) -> tuple[SpaceExplorePreTrainedModel, SpaceExploreFeatureExtractor, SpaceExploreTokenizer | None]:
     """A checkpoint with the head that it was trained with; a tokenizer of a language model alone."""
-    name = head_name(SpaceExploreConfig.from_pretrained(folder))
+    try:
+        name = head_name(SpaceExploreConfig.from_pretrained(folder))
+    except OSError as error:  # which may tell of the network alone
+        raise OSError(f"cannot load {folder}: {error}") from error
     if name not in HEADS:
         raise ValueError(f"{folder} forecasts no prices: it holds {name}, not one of {', '.join(HEADS)}")
     model, extractor = load_checkpoint(folder, HEADS[name])

@@ -28,7 +28,7 @@ from spaceexploreai.scripts.evaluate import (
     write_evaluation,
 )
 from spaceexploreai.scripts.forecast import forecast_newest, summarize
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.train.arguments import command, make_parser, parse_run
 from spaceexploreai.train.sft import train_and_report
 
@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"[1/3] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)
     train_tiny(args, args.output_dir / "model")
 
-    model, extractor = load_checkpoint(args.output_dir / "model")
+    pipe = load_pipeline(args.output_dir / "model", "cpu")
+    model, extractor = pipe.model, pipe.feature_extractor
     within = scored_range(model.config, prices, start=None, end=None)
     print(f"[2/3] evaluating on {within.start.date()} to {within.end.date()}, which training never saw", flush=True)
     series = extractor.encode(prices)
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     report = Report("Forecasts of the quickstart", facts, scores, notices_of(within, model.config), pictures)
 
     print("[3/3] forecasting the days after the newest bar", flush=True)
-    newest = forecast_newest(model, extractor, prices)
+    newest = forecast_newest(pipe, prices).table
     paths = write_results(args.output_dir, forecasts, newest, prices, report)
 
     print(f"\n{format_scores(scores)}\n\n{summarize(newest)}\n")

@@ -430,15 +430,8 @@ def load_models(named: list[str], device: str | None) -> dict[str, SpaceExploreP
             raise ValueError(f"--model {text}: {name!r} is no name; give one as NAME={folder}")
         if name in pipes:
             raise ValueError(f"--model {text}: there are two models with the name {name!r}")
-        pipes[name] = load_model(folder, device)
+        pipes[name] = load_pipeline(folder, device)
     return pipes
-
-
-def load_model(folder: str, device: str | None) -> SpaceExplorePipeline:
-    try:
-        return load_pipeline(folder, device)
-    except OSError as error:
-        raise OSError(f"cannot load {folder}: {error}") from error
 
 
 def calendar_of(pipes: dict[str, SpaceExplorePipeline]) -> str:

@@ -357,7 +357,7 @@ def naive_forecast(pipe: SpaceExplorePipeline, chunk: dict, prices: pd.DataFrame
     asked[["ticker", "cutoff"]] = chunk["origin"]["ticker"], chunk["origin"]["cutoff"]
     asked[quantile_columns(list(levels))] = 0.0  # names the levels
     own = prices[prices["ticker"] == chunk["origin"]["ticker"]]
-    naive = add_baselines(asked, own).filter(regex="^ewma_")
+    naive = add_baselines(asked, own, "ewma").filter(regex="^ewma_")
     return {name.removeprefix("ewma_"): naive[name].to_numpy() for name in naive}
 
 

@@ -21,7 +21,7 @@ from spaceexploreai.data.prices import read_sample
 from spaceexploreai.evaluation.baselines import BASELINES
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification, SpaceExploreForRegression
 from spaceexploreai.scripts.forecast import forecast_newest
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.t2t_spaceexplore import WORDS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -106,10 +106,9 @@ def pipe(folder):
 
 
 def test_prices_are_those_of_the_command_line(pipe, folder):
-    """Which has another way from the network to a table."""
     prices = read_sample(["IBM"])
     outcome = app.make_forecast(pipe, prices, "IBM", "2013-02-01", 10)
-    other = forecast_newest(*load_checkpoint(folder), prices, "2013-02-01")
+    other = forecast_newest(load_pipeline(folder), prices, "2013-02-01").table
     close = prices.set_index("date")["close"]
     rows = outcome.table.set_index("horizon").loc[other["horizon"]]
     for column in ("q0.05", "q0.5", "q0.95", "zero_q0.1", "ewma_q0.75", "drift_q0.05", "last_q0.9"):

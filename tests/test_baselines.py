@@ -275,7 +275,7 @@ def test_a_missing_column_is_named():
 
 
 def test_an_unknown_set_of_baselines_is_refused():
-    with pytest.raises(ValueError, match="baselines must be fast or all, got 'some'"):
+    with pytest.raises(ValueError, match="baselines must be ewma, fast or all, got 'some'"):
         add_baselines(FORECASTS, PRICES, "some")
 
 
@@ -290,6 +290,11 @@ def test_a_missing_package_is_named_with_its_extra(missing, monkeypatch):
     training = Training(DATES[100], [], [], HORIZONS, 8)
     with pytest.raises(ValueError, match=rf"the package {missing}: pip install 'spaceexploreai\[baselines\]'"):
         add_baselines(FORECASTS, PRICES, "all", training)
+
+
+def test_ewma_alone_is_the_ewma_of_all_four():
+    columns = [*FORECASTS, "naive_error", *naive_columns("ewma")]
+    pd.testing.assert_frame_equal(add_baselines(FORECASTS, PRICES, "ewma"), TABLE[columns])
 
 
 def test_fast_needs_none_of_the_packages():

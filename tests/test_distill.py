@@ -26,7 +26,7 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.scripts.forecast import forecast_newest
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.train import distill, sft
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.distill import (
@@ -377,7 +377,7 @@ def test_student_and_teacher_in_parts_are_those_in_one(tmp_path, uneven, teacher
     expected, found = (history(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
     for step, pair in expected.items():
         assert found[step] == pytest.approx(pair, rel=1e-4)
-    assert forecast_newest(*load_checkpoint(tmp_path / "parts"), read_prices(uneven))["mean"].notna().all()
+    assert forecast_newest(load_pipeline(tmp_path / "parts"), read_prices(uneven)).table["mean"].notna().all()
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["asked", "cached"])

@@ -30,8 +30,9 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
+from spaceexploreai.pipeline_spaceexplore import SpaceExplorePipeline
 from spaceexploreai.scripts.forecast import forecast_newest
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.train import sft
 from spaceexploreai.train.arguments import parse_run
 
@@ -79,7 +80,7 @@ def check_launched(folder: Path, printed: str, market: Path) -> None:
     assert "4 steps of 64 windows" in (folder / "report.md").read_text()
     assert " s on 2 cpu, " in (folder / "report.md").read_text()
     assert printed.count("'train_runtime'") == printed.count("rows read") == 1
-    forecast = forecast_newest(*load_checkpoint(folder), read_prices(market))
+    forecast = forecast_newest(load_pipeline(folder), read_prices(market)).table
     assert set(forecast["ticker"]) == {"T0", "T1", "T2"}
     assert forecast["mean"].notna().all()
 
@@ -241,10 +242,9 @@ def test_a_step_with_parts_of_the_network_is_the_step_with_the_whole(tmp_path, m
         torch.testing.assert_close(found[name] - before[name], after - before[name], rtol=1e-3, atol=1e-5)
     assert any((after != before[name]).any() for name, after in model.state_dict().items())
     prices = read_prices(market)
-    stepped, extractor = load_checkpoint(folder)
-    pd.testing.assert_frame_equal(
-        forecast_newest(stepped, extractor, prices), forecast_newest(model.eval(), extractor, prices), rtol=1e-4
-    )
+    stepped = load_pipeline(folder, "cpu")
+    expected = SpaceExplorePipeline(model=model, feature_extractor=stepped.feature_extractor, device="cpu")
+    pd.testing.assert_frame_equal(stepped(prices), expected(prices), rtol=1e-4)
 
 
 # --- resuming ---
@@ -321,7 +321,7 @@ def test_a_killed_run_with_parts_of_the_network_goes_on_too(tmp_path, market, ch
         assert names == {path.name for path in checkpoint.glob("*.py")}
     config = json.loads((tmp_path / "broken" / "config.json").read_text())
     assert config["architectures"] == ["SpaceExploreForRegression"]
-    assert forecast_newest(*load_checkpoint(tmp_path / "broken"), read_prices(market))["mean"].notna().all()
+    assert forecast_newest(load_pipeline(tmp_path / "broken"), read_prices(market)).table["mean"].notna().all()
 
 
 def test_an_adapter_is_not_trained_in_parts(tmp_path, market, checkpoint):

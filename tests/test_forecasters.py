@@ -16,7 +16,7 @@ from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
 from spaceexploreai.paths_spaceexplore import forecast_of_samples
-from spaceexploreai.scripts import evaluate, forecast
+from spaceexploreai.scripts import evaluate
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecasters import forecast_between, load_forecaster
 
@@ -192,8 +192,3 @@ def test_a_network_without_a_head_is_refused(refused, classifier, market, tmp_pa
     extractor.save_pretrained(tmp_path / "bare")
     run = ["--model", str(tmp_path / "bare"), "--prices", str(market), "--output", str(tmp_path / "table.parquet")]
     assert "forecasts no prices: it holds SpaceExploreModel" in refused(evaluate.main, run)
-
-
-def test_forecast_says_which_head_it_needs(refused, classifier, market):
-    complaint = refused(forecast.main, ["--model", str(classifier), "--prices", str(market)])
-    assert "is no checkpoint of a Regression" in complaint

@@ -31,7 +31,6 @@ from spaceexploreai.modeling_spaceexplore import (
 )
 from spaceexploreai.paths_spaceexplore import brownian_paths, interpolate_horizons, interpolate_levels, value_at_scores
 from spaceexploreai.pipeline_spaceexplore import TASK, Forecast, SpaceExplorePipeline, add_pipeline
-from spaceexploreai.scripts.forecast import forecast_newest
 from spaceexploreai.scripts.forecasters import forecast_between, load_checkpoint, load_forecaster
 
 LEVELS = [round(0.05 * step, 2) for step in range(1, 20)]
@@ -84,13 +83,13 @@ def test_a_regression_is_what_the_extractor_decodes(pipes, folders, ragged):
     model, extractor = load_checkpoint(folders["regression"])
     with torch.no_grad():
         expected = extractor.decode(model(**extractor(ragged)), ragged, model.config)
+        outputs = model(**extractor(ragged, "2006-05-05"))
     table = pipes["regression"](ragged)
     pd.testing.assert_frame_equal(table, expected, rtol=1e-5)
     assert list(table["horizon"].unique()) == HORIZONS
-    day = "2006-05-05"
-    expected = forecast_newest(model, extractor, ragged, day)
-    returns = pipes["regression"](ragged, unit="log_return", as_of=day)
-    pd.testing.assert_frame_equal(returns, expected[returns.columns], rtol=1e-4, atol=1e-7)
+    past = {"unit": "log_return", "as_of": "2006-05-05"}
+    expected = extractor.decode(outputs, ragged, model.config, **past)
+    pd.testing.assert_frame_equal(pipes["regression"](ragged, **past), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("head", ["classification", "language"])
@@ -343,6 +342,7 @@ REFUSED = [
     ({"quantile_levels": [0.01, 0.5]}, "quantile level 0.01 is not within 0.05 and 0.95"),
     ({"quantile_levels": [0.5, 0.99]}, "quantile level 0.99 is not within 0.05 and 0.95"),
     ({"quantile_levels": [0.5, 0.5]}, "increasing"),
+    ({"quantile_levels": [0.5, 0.50000001]}, "differ in the columns' names, q0.5, q0.5"),
     ({"quantile_levels": []}, "increasing"),
     ({"quantile_levels": 0.5}, "got 0.5"),
     ({"unit": "euro"}, "unit must be one of price, log_return, got 'euro'"),

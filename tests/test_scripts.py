@@ -16,12 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import DateRange
+from spaceexploreai.evaluation.classes import probabilities_of
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
-from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification
+from spaceexploreai.modeling_spaceexplore import SpaceExploreModel
 from spaceexploreai.scripts import build_dataset, draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecast import forecast_newest
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint, load_pipeline
 from spaceexploreai.train import sft
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ def test_forecast_as_of_a_past_day_knows_the_outcome_and_nothing_else(tmp_path, 
     table = pd.read_csv(output, parse_dates=["cutoff", "date"])
     close = prices[prices["ticker"] == "T1"].set_index("date")["close"]
     np.testing.assert_allclose(table["y"], np.log(close[table["date"]].to_numpy() / close[day]))
-    cut = forecast_newest(*load_checkpoint(checkpoint), prices[(prices.date <= day) & (prices.ticker == "T1")])
+    cut = forecast_newest(load_pipeline(checkpoint), prices[(prices.date <= day) & (prices.ticker == "T1")]).table
     np.testing.assert_allclose(table[QUANTILES], cut[QUANTILES], rtol=1e-6)
 
 
@@ -66,6 +67,34 @@ def test_forecast_without_prices_takes_the_sample(checkpoint, capsys):
     assert "IBM" not in shown
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "language_model"])
+def test_forecast_of_every_day_with_paths(tmp_path, kind, market, request):
+    """Both tables are those of the pipeline; the paths of a seed are the same again."""
+    folder, files = request.getfixturevalue(kind), [tmp_path / "table.parquet", tmp_path / "paths.parquet"]
+    run = ["--model", str(folder), "--prices", str(market), "--prediction-length", "3", "--num-samples", "40"]
+    forecast.main([*run, "--seed", "5", "--output", str(files[0]), "--paths", str(files[1])])
+    table, paths = map(pd.read_parquet, files)
+    options = {"unit": "log_return", "prediction_length": 3, "num_samples": 40, "seed": 5}
+    expected = load_pipeline(folder, "cpu")(read_prices(market), **options)
+    assert list(table["horizon"]) == [1, 2, 3] * 3
+    pd.testing.assert_frame_equal(table[expected.table.columns], expected.table, rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(paths, expected.paths, rtol=1e-4)
+    assert paths.groupby("ticker")["sample"].nunique().eq(40).all()
+
+
+def test_forecast_of_classes_stands_beside_the_naive_one(tmp_path, classifier, market, capsys, refused):
+    run = ["--model", str(classifier), "--prices", str(market)]
+    assert "a classification forecasts no range of prices" in refused(forecast.main, [*run, "--plot", "fan.png"])
+    forecast.main([*run, "--output", "table.parquet"])
+    table = pd.read_parquet("table.parquet")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split()[-8:] == ["P(flat)", "P(up)", *["naive", "P(down)", "naive", "P(flat)", "naive", "P(up)"]]
+    naive = probabilities_of(table, "ewma")
+    np.testing.assert_allclose(naive.sum(axis=1), 1)
+    for line, own, other in zip(shown[1:], table[["p_down", "p_flat", "p_up"]].to_numpy(), naive, strict=False):
+        assert line.split()[-6:] == [f"{chance:.2f}" for chance in (*own, *other)]
+
+
 # --- causality of forecasts ---
 
 
@@ -73,7 +102,8 @@ def test_forecast_without_prices_takes_the_sample(checkpoint, capsys):
 @given(back=st.integers(1, 60), ticker=st.sampled_from(["T0", "T1", "T2"]), factor=st.floats(0.3, 3.0))
 def test_a_bar_changes_no_forecast_at_an_earlier_cutoff(checkpoint, market, back, ticker, factor):
     """Every bar after a day changes; forecasts from that day and those before stay, to the last bit."""
-    model, extractor = load_checkpoint(checkpoint)
+    pipe = load_pipeline(checkpoint, "cpu")
+    model, extractor = pipe.model, pipe.feature_extractor
     prices = read_prices(market)
     days = prices["date"].unique()
     day = days[-1 - back]
@@ -81,7 +111,7 @@ def test_a_bar_changes_no_forecast_at_an_earlier_cutoff(checkpoint, market, back
     later = (changed["date"] > day) & (changed["ticker"] == ticker)
     changed.loc[later, ["open", "high", "low", "close"]] *= factor
     changed.loc[later, "volume"] += 12345
-    newest = [forecast_newest(model, extractor, table, as_of=day) for table in (prices, changed)]
+    newest = [forecast_newest(pipe, table, as_of=day).table for table in (prices, changed)]
     pd.testing.assert_frame_equal(*(table.drop(columns="y") for table in newest), check_exact=True)
     within = DateRange(days[-66], day)
     ranges = [forecast_range(model, extractor, table, within) for table in (prices, changed)]
@@ -145,7 +175,7 @@ def test_evaluate_and_forecast_agree_on_the_newest_day(tmp_path, checkpoint, mar
     output = tmp_path / "forecasts.parquet"
     evaluate.main(["--model", str(checkpoint), "--prices", str(market), "--output", str(output), "--stride", "1"])
     table = pd.read_parquet(output)
-    newest = forecast_newest(*load_checkpoint(checkpoint), read_prices(market))
+    newest = forecast_newest(load_pipeline(checkpoint), read_prices(market)).table
     last = table[table["cutoff"] == table["cutoff"].max()]
     np.testing.assert_allclose(last[["mean", *QUANTILES]], newest[["mean", *QUANTILES]], rtol=1e-4, atol=1e-6)
 
@@ -314,6 +344,11 @@ FORECAST_MISTAKES = {
     "neither tickers nor prices": ([], "--tickers"),
     "output suffix": (["--prices", "MARKET", "--output", "forecast.xls"], "forecast.xls"),
     "plot suffix": (["--prices", "MARKET", "--plot", "fan.doc"], "fan.doc"),
+    "paths suffix": (["--prices", "MARKET", "--num-samples", "3", "--paths", "paths.npz"], "paths.npz"),
+    "paths of no samples": (["--prices", "MARKET", "--paths", "paths.csv"], "--paths paths.csv needs --num-samples"),
+    "no sample": (["--prices", "MARKET", "--num-samples", "0"], "num_samples must be an integer, at least 1, got 0"),
+    "beyond the last horizon": (["--prices", "MARKET", "--prediction-length", "11"], "from 1 to 10"),
+    "unknown device": (["--prices", "MARKET", "--device", "abacus"], "abacus"),
     "unknown option": (["--prices", "MARKET", "--frobnicate"], "--frobnicate"),
     "missing model": (["--prices", "MARKET", "--model", "no/model"], "no/model"),
 }
@@ -436,10 +471,14 @@ def test_quickstart_refuses_an_unknown_ticker(refused):
 def test_a_checkpoint_of_another_head_makes_no_forecast(refused, checkpoint, market, tmp_path):
     """With a regression head at random it would."""
     model, extractor = load_checkpoint(checkpoint)
-    SpaceExploreForClassification(model.config).save_pretrained(tmp_path / "other")
-    extractor.save_pretrained(tmp_path / "other")
-    complaint = refused(forecast.main, ["--model", str(tmp_path / "other"), "--prices", str(market)])
-    assert "is no checkpoint of a Regression: it has no mean_head.bias" in complaint
+    folder = tmp_path / "other"
+    SpaceExploreModel(model.config).save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    run = ["--model", str(folder), "--prices", str(market)]
+    assert "forecasts no prices: it holds SpaceExploreModel" in refused(forecast.main, run)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["SpaceExploreForRegression"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "is no checkpoint of a Regression: it has no mean_head.bias" in refused(forecast.main, run)
 
 
 def test_a_truncated_checkpoint_is_refused(refused, checkpoint, market, tmp_path):

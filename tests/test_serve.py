@@ -29,7 +29,7 @@ from spaceexploreai.data.prices import read_sample, write_table
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.pipeline_spaceexplore import Forecast, SpaceExplorePipeline
 from spaceexploreai.scripts.forecast import forecast_newest
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint, load_pipeline
 from spaceexploreai.scripts.serve import (
     CODES,
     HEADERS,
@@ -179,7 +179,7 @@ def test_bars_in_the_request_are_forecast_as_a_table_is(client, pipes, bars):
 def test_the_baseline_stands_beside(client, checkpoint, bars):
     """Of log-returns as `scripts/forecast.py` has it; in prices its exponential; of classes, by the band."""
     table = pd.DataFrame(bars).astype({"date": "datetime64[ns]"})
-    expected = forecast_newest(*load_checkpoint(checkpoint), table)
+    expected = forecast_newest(load_pipeline(checkpoint), table).table
     (returns,) = ask(client, bars=bars, unit="log_return").json()["forecasts"]
     (prices,) = ask(client, bars=bars).json()["forecasts"]
     assert list(returns["ewma"]["quantiles"]) == [f"{step / 20:g}" for step in range(1, 20)]

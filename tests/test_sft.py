@@ -21,10 +21,11 @@ from spaceexploreai.data.windows import chronological_split, make_labels
 from spaceexploreai.evaluation.scores import score
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.indicators_spaceexplore import select_features
+from spaceexploreai.pipeline_spaceexplore import SpaceExplorePipeline
 from spaceexploreai.scripts import build_dataset
 from spaceexploreai.scripts.evaluate import forecast_range, scored_range
 from spaceexploreai.scripts.forecast import forecast_newest
-from spaceexploreai.scripts.forecasters import load_checkpoint
+from spaceexploreai.scripts.forecasters import load_checkpoint, load_pipeline
 from spaceexploreai.train.arguments import parse_run
 from spaceexploreai.train.sft import main, record_cutoffs, save_checkpoint, train
 
@@ -71,8 +72,8 @@ def test_a_saved_and_reloaded_model_forecasts_identically(tmp_path, market):
     trainer = train(parse_run(tiny_run(tmp_path, "--prices", str(market))))
     save_checkpoint(trainer, tmp_path)
     prices = read_prices(market)
-    before = forecast_newest(trainer.model.eval(), trainer.processing_class, prices)
-    after = forecast_newest(*load_checkpoint(tmp_path), prices)
+    trained = SpaceExplorePipeline(model=trainer.model, feature_extractor=trainer.processing_class, device="cpu")
+    before, after = (forecast_newest(pipe, prices).table for pipe in (trained, load_pipeline(tmp_path, "cpu")))
     # Matrix products round by where in memory the weights lie.
     pd.testing.assert_frame_equal(before, after, rtol=1e-5, atol=1e-8)
 
