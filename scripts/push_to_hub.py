@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from spaceexploreai import modeling_spaceexplore
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.stocks import METADATA_NAME
+from spaceexploreai.pipeline_spaceexplore import HEADS, TASK
 from spaceexploreai.scripts.build_dataset import PARQUET_FILES
 from spaceexploreai.scripts.forecasters import head_name
 from spaceexploreai.scripts.hub import check_push, push
@@ -35,6 +36,16 @@ DATASET_FILES = ("*.json", CARD, *PARQUET_FILES)
 EVALUATION, EVALUATION_FILES = "evaluation", ("metrics*.json", "report.*", "report_files/*")
 # What an earlier push may have had more of.
 STALE = {"model": ("*.safetensors", f"{EVALUATION}/*"), "dataset": PARQUET_FILES}
+USAGE = """
+## Use
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("{task}", model="{repository}", trust_remote_code=True)  # revision=COMMIT pins what was checked
+table = pipe(prices)  # a DataFrame: ticker, date, open, high, low, close, volume
+```
+"""
 # Metric of metrics.json -> type and name in the card's metadata.
 CARD_METRICS = {
     "crps_skill": ("crps_skill", "CRPS skill over EWMA volatility"),
@@ -77,14 +88,16 @@ def check_dataset(folder: Path) -> None:
         raise ValueError(f"{folder} is no dataset of scripts/build_dataset.py: it has no {METADATA_NAME}")
 
 
-def model_card(folder: Path, evaluation: Path | None, name: str) -> str:
-    """The card of the folder, with the metrics of an evaluation in its head."""
+def model_card(folder: Path, evaluation: Path | None, repository: str) -> str:
+    """The card of the folder, how to load it, and with the metrics of an evaluation in its head."""
     path = folder / CARD
     if not path.is_file():
         raise ValueError(f"{folder} has no {CARD}: its training wrote no report")
     card = ModelCard.load(path)
+    if head_name(SpaceExploreConfig.from_pretrained(folder)) in HEADS:
+        card.text += USAGE.format(task=TASK, repository=repository)
     if evaluation is not None:
-        card.data.model_name = name
+        card.data.model_name = repository.split("/")[-1]
         facts = read_facts(evaluation)
         metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
         card.data.eval_results = list(card_results(metrics, facts["dates"]))
@@ -110,7 +123,7 @@ def card_results(metrics: dict, dates: str) -> Iterator[EvalResult]:
             value = values.get(metric, {}).get("model")
             if value is not None:
                 yield EvalResult(
-                    task_type="time-series-forecasting",
+                    task_type=TASK,
                     dataset_type="stocks",
                     dataset_name=f"daily stocks, {horizon} trading days ahead, {dates}",
                     dataset_split="test",
@@ -171,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"there is no folder {folder}")
     if args.model is not None:
         check_model(folder)
-        card = model_card(folder, args.evaluation, args.repo_id.split("/")[-1])
+        card = model_card(folder, args.evaluation, args.repo_id)
         files = files_of(folder, MODEL_FILES)
         if args.evaluation is not None:
             files |= files_of(args.evaluation, EVALUATION_FILES, f"{EVALUATION}/")

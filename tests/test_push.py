@@ -19,7 +19,7 @@ from spaceexploreai.scripts import evaluate
 from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 
-DATASET, MODEL = "NEOAI/Stocks", "NEOAI/SpaceExploreAI"
+DATASET, MODEL = "NEOAI/Stocks", "NEOAI/SpaceExploreAI-Small-Base-Regression-27M"
 # Runs command lines of the script as they come: what is imported once serves them all.
 WORKER = """
 import contextlib, io, json, os, sys
@@ -360,15 +360,17 @@ def folder(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-PIPELINE_STRANGER = """
+STRANGER_WITH_THE_CARD = """
 import sys
 sys.modules["spaceexploreai"] = None
 import pandas as pd
-from transformers import pipeline
+from huggingface_hub import ModelCard
 
 repository, prices, output = sys.argv[1:]
-pipe = pipeline("time-series-forecasting", model=repository, trust_remote_code=True)
-pipe(pd.read_parquet(prices)).to_parquet(output)
+(code,) = [part.split("```")[0] for part in ModelCard.load(repository).text.split("```python")[1:]]
+prices = pd.read_parquet(prices)
+exec(code)
+table.to_parquet(output)
 """
 
 
@@ -386,7 +388,7 @@ def test_a_stranger_forecasts_with_what_was_pushed(hub, order, folder, evaluatio
     found = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert found["CRPS skill over EWMA volatility, 5 d"] == pytest.approx(scores["5"]["crps_skill"]["model"])
     environment = hub.environment(tmp_path / "home", None)
-    run_elsewhere(environment, PIPELINE_STRANGER, MODEL, market, tmp_path / "table.parquet", folder=tmp_path)
+    run_elsewhere(environment, STRANGER_WITH_THE_CARD, MODEL, market, tmp_path / "table.parquet", folder=tmp_path)
     model, extractor = load_checkpoint(folder)
     prices = read_prices(market)
     expected = extractor.decode(model(**extractor(prices)), prices, model.config)
