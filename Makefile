@@ -33,5 +33,5 @@ $(STAMP): pyproject.toml
 		exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (the first time this downloads PyTorch and takes minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cluster,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@

@@ -9,7 +9,6 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test that asks the Hub must fail at once
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before datasets is
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import exchange_calendars
@@ -27,12 +26,6 @@ memory.mallopt = lambda *_: None  # a test that trains would hide from another, 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
-# What their programs need is in the extras alone.
-collect_ignore = [
-    name
-    for name, packages in (("test_serve.py", ("fastapi", "httpx")), ("test_app.py", ("gradio", "playwright")))
-    if not all(map(find_spec, packages))
-]
 
 
 def make_market(tickers: int = 3, days: int = 400, seed: int = 0, momentum: float = 0.0) -> pd.DataFrame:

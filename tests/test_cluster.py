@@ -5,12 +5,14 @@ import os
 import time
 from pathlib import Path
 
+import dask
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_market
+from dask import distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +22,6 @@ from spaceexploreai.data.prices import write_table
 from spaceexploreai.data.stocks import StocksConfig
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.scripts import build_dataset
-
-dask = pytest.importorskip("dask", reason="the extra [cluster] is not installed")
-distributed = pytest.importorskip("dask.distributed", reason="the extra [cluster] is not installed")
 
 FEATURES = ["gap", "body", "rsi_14", "atr_14", "relative_volume_5"]
 

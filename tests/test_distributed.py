@@ -325,7 +325,6 @@ def test_a_killed_run_with_parts_of_the_network_goes_on_too(tmp_path, market, ch
 
 
 def test_an_adapter_is_not_trained_in_parts(tmp_path, market, checkpoint):
-    pytest.importorskip("peft", reason="the extra [lora] is not installed")
     run = tiny_run(tmp_path / "model", "--prices", str(market), "--use_cpu", "true", "--peft", '{"r": 4}')
     (tmp_path / "run.yaml").write_text((RECIPE / "lora.yaml").read_text())
     run = ["--config", str(tmp_path / "run.yaml"), "--model_name_or_path", str(checkpoint), *run[4:]]

@@ -3,7 +3,6 @@
 import importlib
 import re
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ PROGRAM = re.compile(
 )
 OLD = {"LOG.md"}  # tells what was run, on the code of its day
 YAML = "--config"  # read before there is a parser
-EXTRAS = {"scripts/serve": "fastapi"}  # packages that a program needs and that may not be installed
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -44,7 +42,6 @@ def test_options_exist(path):
         for program, options in commands(path.read_text(encoding="utf-8"))
         for option in options
         if not program.startswith("benchmarks") and option != YAML
-        if program not in EXTRAS or find_spec(EXTRAS[program])
         if not re.search(rf"(?<![\w-]){option}(?![\w-])", options_of(program))
     ]
     assert unknown == []

@@ -203,7 +203,6 @@ def test_evaluate_says_that_a_checkpoint_was_chosen_by_its_dates(tmp_path, check
 
 
 def test_evaluate_scores_groups_and_fitted_baselines(tmp_path, checkpoint, market):
-    pytest.importorskip("arch", reason="the extra [baselines] is not installed")
     run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(tmp_path / "forecasts.parquet")]
     evaluate.main([*run, "--baselines", "all", "--by", "ticker", "regime"])
     table = pd.read_parquet(tmp_path / "forecasts.parquet")

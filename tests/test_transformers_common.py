@@ -26,7 +26,6 @@ from spaceexploreai.modeling_spaceexplore import (
 
 if not UPSTREAM.is_dir():
     pytest.skip(f"no {UPSTREAM}; fetch_transformers_tests.py fetches it", allow_module_level=True)
-pytest.importorskip("parameterized", reason="the tests of transformers import it")
 
 
 # --- their files ---
