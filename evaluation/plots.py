@@ -200,6 +200,7 @@ def _label_trading_days(axes: Axes, dates: pd.Series, rows: pd.DataFrame) -> Non
     names = [*(dates.iloc[day - 1] for day in history), rows["date"].iloc[-1]]
     axes.set_xticks([*history, last], [f"{name:%Y-%m-%d}" for name in names], rotation=25, ha="right")
     between = rows["horizon"].iloc[: -1 : -(-len(rows) // MAX_HORIZON_TICKS)]
+    between = between[last - between > (len(dates) + last) / 50]  # nearer, it would be in the last date
     axes.set_xticks(between, between, minor=True, fontsize=7)
     axes.margins(x=0.02)
     axes.set_xlabel("trading day (vertical line: last day known; small numbers: trading days after it)")

@@ -1,6 +1,7 @@
 """The pictures: coordinates checked as numbers, on figures that no global state knows of."""
 
 from io import BytesIO
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -185,6 +186,18 @@ def test_plot_forecast_ticks_are_real_dates():
     ticks = dict(zip(axes.get_xticks(), (label.get_text() for label in axes.get_xticklabels()), strict=True))
     assert ticks == {day: f"{DATES[129 + day]:%Y-%m-%d}" for day in (0, -8, -16, -24, -32, 10)}
     assert axes.get_xticks(minor=True).tolist() == [1, 2, 5]
+
+
+def test_numbers_of_many_days_do_not_touch():
+    (first,) = (rows for key, rows in FORECASTS.groupby("horizon") if key == 1)
+    daily = pd.concat([first.assign(horizon=day) for day in range(1, 25)])
+    figure = plots.plot_forecast(daily, PRICES, "AAA")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = axes.get_xticklabels(minor=True)
+    assert len(labels) >= 3
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_plot_forecast_of_the_last_bar_has_nothing_realised():
