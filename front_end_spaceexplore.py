@@ -152,9 +152,9 @@ def last_real_step(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     if attention_mask is None:
         return None
     real = attention_mask.bool()
-    steps = torch.arange(real.shape[-1], device=real.device).expand_as(real)
-    latest = torch.where(real, steps, -1).cummax(dim=-1).values
-    return torch.where(latest < 0, real.int().argmax(dim=-1, keepdim=True), latest)
+    steps = torch.arange(real.shape[-1], device=real.device)
+    unpadded_first = torch.where(real, steps, steps + real.shape[-1]).argsort(dim=-1)
+    return unpadded_first.gather(-1, (real.cumsum(dim=-1) - 1).clamp(min=0))
 
 
 def hold(values: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:

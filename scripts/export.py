@@ -132,8 +132,7 @@ def run_module(graph: nn.Module) -> Run:
 
 
 def translations() -> dict:
-    """Operators in ONNX that torch does not translate, or does so that int8 would not reach them."""
-    from onnx import TensorProto
+    """Operators that torch translates to ONNX so that int8 would not reach them."""
     from onnxscript import opset18 as op
 
     def linear(values, weight, bias=None):
@@ -141,15 +140,7 @@ def translations() -> dict:
         product = op.MatMul(values, op.Transpose(weight, perm=[1, 0]))
         return product if bias is None else op.Add(product, bias)
 
-    def cummax(values, dim):
-        """Values alone, over the last axis. Its first value, in the place of later ones, changes no maximum."""
-        length = op.Shape(values, start=-1)
-        square = op.Expand(op.Constant(value_int=1), op.Concat(length, length, axis=0))
-        earlier = op.Cast(op.Trilu(square, upper=0), to=TensorProto.BOOL)  # (T, T)
-        first = op.Unsqueeze(op.Gather(values, op.Constant(value_ints=[0]), axis=-1), [-2])
-        return op.ReduceMax(op.Where(earlier, op.Unsqueeze(values, [-2]), first), [-1], keepdims=0), values
-
-    return {torch.ops.aten.linear.default: linear, torch.ops.aten.cummax.default: cummax}
+    return {torch.ops.aten.linear.default: linear}
 
 
 def write_onnx(model: Network, path: Path) -> None:
