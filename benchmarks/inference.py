@@ -5,27 +5,28 @@
 
 One thread, float32, random weights: time depends on neither weights nor values, but for the experts that the router
 chooses. Sides take turns in one process, in reverse order every other round, after a round that does not count; shown
-are medians, of seconds and of the ratios of a round. Times are CPU times of the process: where nothing else runs, those
-of the clock.
+are medians, of seconds and of the ratios within a round. Times are CPU times of the process: where nothing else runs,
+those of the clock. Freed memory is kept, as the training programs have it (docs/performance.md); the new processes of
+the last part are as a user has them.
 
-networks: the forward pass for so many series at once, 32 at most (500 are 15 batches of 32 and one of 20). What a pass
+networks: the forward pass for so many series, at most 32 at once (500 are 15 batches of 32 and one of 20). What a pass
 gives is not the same. Ours reads 64 features of each day, as one token, and gives mean and 19 quantiles of the returns
-over 1, 2, 5 and 10 days, from every day of the context as from the last. The others read one number a day, 16 or 32 of
-them as one token, and forecast from the last day alone: Chronos-Bolt 9 quantiles of 64 steps, Chronos-2 21 of 16 (the
-least it can), TimesFM 10 columns of 128. "Next day" is ours with yesterday's cache kept, when one bar has come; the
-others, whose normalisation and attention look at the whole context, read it anew. The operations of matrix products
-and convolutions that a series takes do not depend on the machine. How long our features take is in the last part.
+over 1, 2, 5 and 10 days, from every day of the context as from the last. The others read one number a day, 16 or 32
+days as one token, and forecast from the last day alone: Chronos-Bolt 9 quantiles of 64 steps, Chronos-2 21 of 16 (the
+least it can), TimesFM 9 and a mean of 128. "Next day" is ours where yesterday's cache was kept and one bar has come;
+the others, whose normalisation and attention look at the whole context, read all of it again. The operations of matrix
+products and convolutions that a series takes do not depend on the machine. What our features cost is in the last part.
 
-paths: 20 days from a context, drawn by inverse transform, so that each side says the same. `sample_paths` reads the
-context once for all paths. `generate` of transformers, with a cache too, reads it once for each. Without a cache all of
-it is read again every day for every path, as Kronos does (github.com/shiyu-coder/Kronos, `auto_regressive_inference` in
-model/kronos.py); our own network does here, so that nothing but the cache differs.
+paths: 20 days from a context. `sample_paths` reads the context once for all paths. `generate` of transformers, with a
+cache too, reads it once for each. Without a cache all of it is read again for every day of every path, as Kronos does
+(github.com/shiyu-coder/Kronos, `auto_regressive_inference` of model/kronos.py); here it is our own network that does,
+so that nothing but the cache differs, and both draw the same paths from the same random numbers.
 
-start: a new process that knows transformers and a folder, `pipeline(model=folder, trust_remote_code=True)`, to its first
-forecast of one ticker; then the newest day of 500, from a table of bars, and what of it are features and network. The
-folder of --model is a regression; without one, random weights.
+start: a new process that knows transformers and a folder, `pipeline(model=folder, trust_remote_code=True)`, to its
+first forecast of one ticker; then the newest day of 500, from a table of bars, and what of it are features and
+network. The folder of --model holds a regression; without one, it is made with random weights.
 
-Exit code 1 when a goal is missed: as many series a second as 1.5 times Chronos-Bolt-small's; 20 times as many paths as
+Exit code 1 when a goal is missed: 1.5 times as many series a second as Chronos-Bolt-small; 20 times as many paths as
 without a cache.
 """
 
@@ -47,11 +48,12 @@ from chronos.chronos2.config import Chronos2CoreConfig
 from chronos.chronos2.model import Chronos2Model
 from chronos.chronos_bolt import ChronosBoltModelForForecasting
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, TimesFm2_5Config, TimesFm2_5ModelForPrediction
+from transformers.utils import logging
 
+from spaceexploreai.benchmarks.export import make_batch
 from spaceexploreai.benchmarks.stream import make_prices
-from spaceexploreai.benchmarks.train_step import UNCOUNTED
+from spaceexploreai.benchmarks.train_step import RECIPE, count_flops, read_config, seconds
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import read_sample, write_table
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
@@ -60,8 +62,8 @@ from spaceexploreai.paths_spaceexplore import make_prompt, sample_paths
 from spaceexploreai.pipeline_spaceexplore import add_pipeline
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.arguments import bare_parser, command
+from spaceexploreai.train.memory import keep_freed_memory
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "27m" / "config.json"
 BATCH = 32
 DAYS = 20  # of a path
 FEW, MANY = 10, 100  # paths; without a cache the few alone are measured
@@ -69,17 +71,10 @@ TICKERS, BARS = 500, 400
 BOLT = "chronos-bolt-small"
 OVER_BOLT, OVER_NO_CACHE = 1.5, 20
 
-clock = time.process_time
 Run = Callable[[], object]
 
 
 # --- taking turns ---
-
-
-def seconds(run: Run) -> float:
-    start = clock()
-    run()
-    return clock() - start
 
 
 @torch.inference_mode()
@@ -113,19 +108,12 @@ class Network(NamedTuple):
 def make_ours(config: SpaceExploreConfig, name: str) -> dict[str, Network]:
     model = SpaceExploreForRegression(config).eval()
 
-    def inputs(series: int, context: int) -> dict[str, torch.Tensor]:
-        return {
-            "past_values": torch.randn(series, context, config.num_features),
-            "attention_mask": torch.ones(series, context, dtype=torch.long),
-            "scale": torch.full((series, context), 0.02),
-        }
-
     def whole(series: int, context: int) -> Run:
-        return partial(model, **inputs(series, context))
+        return partial(model, **make_batch(config, series, context))
 
     @torch.inference_mode()
     def next_day(series: int, context: int) -> Run:
-        today = inputs(series, context)
+        today = make_batch(config, series, context)
         cache = model(**{name: values[:, :-1] for name, values in today.items()}, use_cache=True).cache
 
         def run():
@@ -193,7 +181,9 @@ def make_timesfm() -> Network:
     model = TimesFm2_5ModelForPrediction(TimesFm2_5Config()).eval()
 
     def start(series: int, context: int) -> Run:
-        return partial(model, list(make_values(series, context)), forecast_context_len=context)
+        patches = -(-context // model.config.patch_length)
+        values = list(make_values(series, context))
+        return partial(model, values, forecast_context_len=patches * model.config.patch_length)
 
     return Network(model, start)
 
@@ -222,12 +212,8 @@ def in_batches(network: Network, series: int, context: int) -> Run:
 
 
 @torch.inference_mode()
-def count_flops(network: Network, context: int) -> int:
-    """Of one series."""
-    run = network.start(1, context)
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        run()
-    return counter.get_total_flops()
+def flops_of_one(network: Network, context: int) -> int:
+    return count_flops(network.start(1, context))
 
 
 def format_networks(
@@ -238,7 +224,7 @@ def format_networks(
         size = sum(weight.numel() for weight in network.model.parameters())
         speed = series / typical(rounds, name)
         ratios = [f"{speedup(rounds, one, name):.2f}" for one in (ours, next_day_of(ours))]
-        figures = f"{size / 1e6:.1f} | {count_flops(network, context) / 1e9:.2f} | {speed:.1f}"
+        figures = f"{size / 1e6:.1f} | {flops_of_one(network, context) / 1e9:.2f} | {speed:.1f}"
         lines.append(f"| {series} | {context:,} | {name} | {figures} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
@@ -247,9 +233,8 @@ def compare_networks(args, config: SpaceExploreConfig) -> list[str]:
     """Prints a table, and returns what was missed."""
     ours, missed = args.model_config.parent.name, []
     networks = make_ours(config, ours) | {name: PEERS[name]() for name in args.peers}
-    print(
-        f"| series | context | network | M parameters | GFLOP a series | series/s | {ours} over it | next day over it |"
-    )
+    head = "| series | context | network | M parameters | GFLOP a series | series/s"
+    print(f"{head} | {ours} over it | next day over it |")
     print("|---:|---:|---|---:|---:|---:|---:|---:|")
     for series in args.series:
         for context in args.context:
@@ -314,11 +299,7 @@ def measure_paths(config: SpaceExploreConfig, context: int, rounds: int) -> dict
     tokenizer = SpaceExploreTokenizer()
     config = SpaceExploreConfig(**{**config.to_dict(), "vocab_size": len(tokenizer)})
     model = SpaceExploreForCausalLM(config).eval()
-    known = {
-        "past_values": torch.randn(1, context, config.num_features),
-        "attention_mask": torch.ones(1, context, dtype=torch.long),
-        "scale": torch.full((1, context), 0.02),
-    }
+    known = make_batch(config, 1, context)
     measured = {}
     for paths in (FEW, MANY):
         shocks = torch.randn(1, paths, DAYS)
@@ -335,7 +316,7 @@ def format_paths(measured: dict[int, list[dict[str, float]]]) -> str:
         lines.append(f"| {paths} | {side} | {taken:.2f} | {paths / taken:.1f} | {ratio:.1f} |")
 
     for paths, rounds in measured.items():
-        for side in rounds[0]:
+        for side in [side for side in SIDES if side in rounds[0]]:
             add(paths, side, typical(rounds, side), speedup(rounds, OURS, side))
     scaled = typical(measured[FEW], NO_CACHE) * MANY / FEW
     add(MANY, f"{NO_CACHE}: not measured, {MANY // FEW} times {FEW}", scaled, scaled / typical(measured[MANY], OURS))
@@ -470,9 +451,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("series", "context", "paths_context", "rounds"):
         if (least := np.min(getattr(args, name))) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {least}")
-    config = SpaceExploreConfig(**json.loads(args.model_config.read_text(encoding="utf-8")))
+    config = read_config(args.model_config)
     torch.set_num_threads(1)  # a second would measure whatever else the machine is doing
     torch.manual_seed(0)
+    keep_freed_memory()
+    logging.disable_progress_bar()  # of weights being written
     missed = []
     for part in args.parts:
         missed += PARTS[part](args, config)

@@ -251,13 +251,13 @@ def read_config(path: Path) -> SpaceExploreConfig:
     return SpaceExploreConfig(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def parse_options(description: str, argv: list[str] | None, **numbers: int) -> argparse.Namespace:
+def parse_options(description: str, argv: list[str] | None, **numbers: float) -> argparse.Namespace:
     """Options of a program that trains: a network, and the given numbers beside how many tokens a batch has."""
     numbers = {"tokens": SQUARE, "context": 64, **numbers}
     parser = bare_parser(description)
     parser.add_argument("--model-config", type=Path, default=RECIPE, help="config.json; default: recipes/27m")
     for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)g")
     args = parser.parse_args(argv)
     for name in numbers:
         if getattr(args, name) < 1:
