@@ -156,6 +156,21 @@ def test_the_h100_is_compared_with_its_measured_steps():
     assert f"67.4 ms measured (docs/LOG.md), {1 / 486e3 / tokens:.0f} times" in many
 
 
+def test_views_are_no_operations():
+    with scaling.Operations() as operations:
+        torch.ones(2, 3).T.contiguous().view(6)[1:].exp()  # ones, a copy of the transposed, and exp
+    assert operations.count == 3
+
+
+def test_a_wider_network_has_as_many_operations_and_a_deeper_one_more():
+    counts = [
+        scaling.operations_of(SpaceExploreConfig(**TINY | {"num_hidden_layers": layers, "intermediate_size": width}))
+        for layers, width in ((2, 40), (2, 80), (3, 40), (4, 40))  # the first has no experts
+    ]
+    assert counts[0] == counts[1]
+    assert counts[3] - counts[2] == counts[2] - counts[1] > 50
+
+
 # --- here ---
 
 
