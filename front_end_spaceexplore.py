@@ -183,6 +183,11 @@ class SpaceExploreWavelet(nn.Module):
         # Lost when a checkpoint is loaded: `_init_weights` of the model fills it again.
         self.scaling_filter = nn.Buffer(self.make_filter(), persistent=False)
 
+    @property
+    def reach(self) -> int:
+        """Steps back that the last approximation sees."""
+        return (len(self.scaling_filter) - 1) * (2**self.levels - 1)
+
     def make_filter(self) -> torch.Tensor:
         return torch.tensor(SCALING_FILTERS[self.wavelet]) / math.sqrt(2)
 
@@ -236,6 +241,11 @@ class SpaceExploreMSCNNBlock(nn.Module):
         self.wavelet = SpaceExploreWavelet(config.wavelet, config.wavelet_levels)
         self.out_proj = nn.Linear(width, config.hidden_size)
 
+    @property
+    def reach(self) -> int:
+        """Steps back that the last branch sees."""
+        return self.num_branches * (self.kernel_size - 1) + self.wavelet.reach
+
     def extract(self, branches: tuple[torch.Tensor, ...], steps: torch.Tensor | None) -> torch.Tensor:
         """Every branch convolves its own channels plus what the one before it made of its own (eq. 1, 2)."""
         features, previous = [], 0
@@ -275,6 +285,17 @@ class SpaceExploreMSCNN(nn.Module):
     def __init__(self, config: SpaceExploreConfig):
         super().__init__()
         self.blocks = nn.ModuleList([SpaceExploreMSCNNBlock(config) for _ in range(config.mscnn_num_blocks)])
+
+    def first_needed(self, attention_mask: torch.Tensor | None, known: int) -> int:
+        """
+        Where it may start reading, if the outputs of the first `known` steps are not wanted. Convolutions look back a
+        fixed number of steps, and where one lands on padding, further: so only unpadded steps count.
+        """
+        reach = sum(block.reach for block in self.blocks)
+        if attention_mask is None:
+            return max(known - reach, 0)
+        unpadded = attention_mask[:, :known].bool().flip(-1).cumsum(-1)  # from the newest back
+        return max(int((unpadded.flip(-1) > reach).sum(-1).min()) - 1, 0)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         steps = last_real_step(attention_mask)

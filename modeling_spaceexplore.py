@@ -619,8 +619,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
             cache = DynamicCache(config=self.config)
         if input_ids is None and inputs_embeds is None:
             past_values_mask = attention_mask
-            values = self.embed_values(past_values, attention_mask)  # (B, T, D)
-            hidden_states = self.new_steps(values, past_seen)
+            hidden_states = values = self.embed_new_steps(past_values, attention_mask, past_seen)
         else:
             values = None if past_values is None else self.embed_values(past_values, past_values_mask)
             hidden_states = self.fill_placeholders(input_ids, inputs_embeds, values, past_values_mask)  # (B, S, D)
@@ -660,15 +659,25 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
     ) -> torch.Tensor | None:
         if self.feature_proj is None or values is None or not self.training:
             return None
+        if values.shape[1] < past_values.shape[1]:  # new steps alone
+            return None
         return self.t2t.feature_loss(values, past_values, mask, self.feature_proj)
 
-    def new_steps(self, values: torch.Tensor, past_seen: int) -> torch.Tensor:
-        if past_seen >= values.shape[1]:
+    def embed_new_steps(
+        self, past_values: torch.Tensor | None, mask: torch.Tensor | None, past_seen: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Those that are not in the cache, from the history that they see."""
+        check_values(past_values, mask, self.config.num_features)
+        if past_seen >= past_values.shape[1]:
             raise ValueError(
                 f"past_values must be the whole history, the {past_seen} steps in the cache and newer ones; "
-                f"got {values.shape[1]} steps"
+                f"got {past_values.shape[1]} steps"
             )
-        return values[:, past_seen:]
+        # A compiled graph, and a static cache, whose count is a tensor, want shapes that do not depend on the mask.
+        varies = isinstance(past_seen, int) and past_seen > 0 and not torch.compiler.is_compiling()
+        first = self.mscnn.first_needed(mask, past_seen) if varies else 0
+        values = self.embed_values(past_values[:, first:], None if mask is None else mask[:, first:])
+        return values[:, past_seen - first :]
 
     def fill_placeholders(
         self,

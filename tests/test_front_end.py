@@ -533,6 +533,34 @@ def test_mscnn_in_bfloat16(autocast):
     assert (outputs.float() - expected).abs().max() < 0.03 * expected.abs().max()
 
 
+ENOUGH = 110  # steps, more than it looks back
+PARTS = [{}, {"mscnn_num_blocks": 1, "wavelet": "haar"}, {"wavelet_levels": 0}, {"mscnn_num_branches": 7}]
+
+
+@pytest.mark.parametrize("sizes", PARTS, ids=str)
+def test_it_looks_back_as_far_as_it_says(sizes):
+    cnn, values = make_mscnn(**sizes), normal(1, ENOUGH, HIDDEN, dtype=torch.double).requires_grad_()
+    known = ENOUGH - 1
+    (seen,) = torch.autograd.grad(cnn(values)[:, known:].square().sum(), values)
+    oldest = seen.any(dim=-1).nonzero()[0, 1].item()
+    assert cnn.first_needed(None, known) == oldest > 0
+    assert cnn.first_needed(None, known - oldest) == 0
+
+
+@pytest.mark.parametrize("sizes", PARTS, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds, new=st.integers(1, 4), share=st.floats(0.2, 1))
+def test_new_steps_are_those_of_the_whole_history(sizes, seed, new, share):
+    """Padding in the middle makes it look further back."""
+    cnn, values = make_mscnn(**sizes), normal(BATCH, ENOUGH, HIDDEN, seed=seed, dtype=torch.double)
+    mask, known = some(BATCH, ENOUGH, seed=seed, share=share), ENOUGH - new
+    mask[:, -1] = True
+    first = cnn.first_needed(mask, known)
+    newest = cnn(values[:, first:], mask[:, first:])[:, known - first :]
+    real = mask[:, known:]
+    assert_close(newest[real], cnn(values, mask)[:, known:][real])
+
+
 # --- input norms ---
 
 
