@@ -34,6 +34,7 @@ REGRESSION, CLASSIFICATION, LANGUAGE = HEADS = (
 )
 UNITS = ("price", "log_return")
 NUM_SAMPLES = 64  # that the table of a language model is made of when no paths are asked for
+BATCH_SIZE = 16  # tickers at a time: more are no faster on a CPU
 ONE_SERIES = "series"  # ticker of a table without that column
 
 
@@ -64,7 +65,7 @@ class SpaceExplorePipeline(ChunkPipeline):
     _load_image_processor = _load_video_processor = _load_processor = False
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"batch_size": BATCH_SIZE, **kwargs})
         self.head = head_of(self.model)
         if self.head != LANGUAGE:
             self.tokenizer = None  # the library makes one of any configuration
@@ -94,7 +95,7 @@ class SpaceExplorePipeline(ChunkPipeline):
                 walk (`brownian_paths`).
             seed (`int`, defaults to 0):
                 Of the paths. Those of a ticker are the same whatever else is forecast.
-            batch_size (`int`, defaults to 1):
+            batch_size (`int`, defaults to 16):
                 Tickers at a time.
 
         Return:

@@ -33,6 +33,7 @@ from spaceexploreai.evaluation.walk_forward import join_folds, plan_folds
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor, parse_date
 from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
 from spaceexploreai.train.arguments import command, make_parser
+from spaceexploreai.train.memory import keep_freed_memory
 from spaceexploreai.train.sampling import ModelPaths
 
 GROUPS = ("year", "regime", "ticker")
@@ -249,6 +250,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_suffix(args.output, ".parquet", ".csv")
+    keep_freed_memory()
     model, extractor = load_forecaster(args.model, args.num_samples, args.seed, args.device)
     prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)

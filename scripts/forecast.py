@@ -21,8 +21,8 @@ from spaceexploreai.evaluation.scores import add_outcomes
 from spaceexploreai.pipeline_spaceexplore import CLASSIFICATION, Forecast, SpaceExplorePipeline
 from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.train.arguments import command, make_parser
+from spaceexploreai.train.memory import keep_freed_memory
 
-BATCH_SIZE = 32  # tickers at a time
 TABLES = (".parquet", ".csv")
 
 
@@ -30,7 +30,7 @@ def forecast_newest(pipe: SpaceExplorePipeline, prices: pd.DataFrame, as_of: str
     """Forecast table of each ticker's newest bar, or its newest up to `as_of`, with baselines and, where they are
     known, outcomes; paths where `num_samples` is among the options, those of the pipeline."""
     unit = {} if pipe.head == CLASSIFICATION else {"unit": "log_return"}
-    answer = pipe(prices, as_of=as_of, batch_size=BATCH_SIZE, **unit, **options)
+    answer = pipe(prices, as_of=as_of, **unit, **options)
     forecast = answer if isinstance(answer, Forecast) else Forecast(answer, None)
     return forecast._replace(table=add_baselines(add_outcomes(forecast.table, prices), prices))
 
@@ -88,6 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    keep_freed_memory()
     pipe = load_pipeline(args.model, args.device)
     if args.plot and pipe.head == CLASSIFICATION:
         raise ValueError(f"--plot {args.plot}: a classification forecasts no range of prices to draw")

@@ -50,6 +50,7 @@ from spaceexploreai.scripts.service import (
     UnknownNameError,
 )
 from spaceexploreai.train.arguments import command, make_parser
+from spaceexploreai.train.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -507,6 +508,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     disable_progress_bars()
+    keep_freed_memory()
     token = token_of(os.environ)
     with listen(args.host, args.port, open_to_all=bool(token) or args.allow_no_token) as door:
         pipes = load_models(args.model, args.device)

@@ -42,7 +42,7 @@ FLOATS = {"mla": LATENT + ROTARY, "gqa": 2 * SHARED_HEADS * HEAD, "mha": 2 * HEA
 @pytest.fixture
 def quick(monkeypatch):
     """As few tokens and repeats as there can be."""
-    for name, number in (("CONTEXT", 7), ("NEW_TOKENS", 3), ("REPEATS", 2)):
+    for name, number in (("CONTEXT", 7), ("SHORT", 3), ("LONG", 9), ("NEW_TOKENS", 3), ("REPEATS", 2)):
         monkeypatch.setattr(kv_cache, name, number)
 
 
@@ -99,15 +99,26 @@ def test_the_two_forms_take_turns(quick, monkeypatch):
 
 
 def test_the_ratio_of_speeds_is_the_median_of_pairs():
-    shown = kv_cache.format_speeds([(30.0, 10.0), (10.0, 20.0), (40.0, 20.0)])
-    assert "30.0 tokens/s absorbed, 20.0 expanded; ratio 2.00 (from 0.50 to 3.00)" in shown
+    pairs = [(30.0, 10.0), (10.0, 20.0), (40.0, 20.0)]
+    shown = kv_cache.format_speeds("one path", ("absorbed", "expanded"), pairs)
+    assert shown.endswith("30.0 tokens/s absorbed, 20.0 expanded; ratio 2.00 (from 0.50 to 3.00)")
 
 
 def test_the_command_prints_the_table(tmp_path, quick, capsys):
     kv_cache.main(["--model-config", write_recipe(tmp_path)])
     shown = capsys.readouterr().out
     assert "| mla | 168 | 14.6% | 6.86 |" in shown
-    assert "median of 2 pairs" in shown
+    assert "tokens/s absorbed" in shown
+    assert "tokens/s after 3 steps" in shown
+
+
+def test_decoding_that_slows_down_with_the_context_is_an_error(tmp_path, quick, monkeypatch):
+    def measure(model, cache, absorbed):
+        return 3.1 / (1 + cache.get_seq_length() // 9)  # half as fast after nine steps
+
+    monkeypatch.setattr(kv_cache, "tokens_per_second", measure)
+    with pytest.raises(SystemExit, match=r"a token after 9 steps takes more than 1\.5 times as long as after 3"):
+        kv_cache.main(["--model-config", write_recipe(tmp_path)])
 
 
 def test_the_command_fails_when_the_cache_is_too_large(tmp_path, quick, capsys):

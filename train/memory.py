@@ -10,8 +10,8 @@ def keep_freed_memory() -> None:
     """Lets glibc keep freed memory; no other C library is touched.
 
     By itself it gives large blocks, such as a batch's activations, back to the system as soon as they are free, and
-    every step gets them anew, page by page and zeroed: 3 to 16 % of a step on the CPU
-    (docs/performance.md). The process then stays as large as it was at its largest.
+    every step gets them anew, page by page and zeroed: 3 to 16 % of a training step on the CPU, and up to 40 % of a
+    forecast (docs/performance.md). The process then stays as large as it was at its largest.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt(M_MMAP_MAX, 0)
