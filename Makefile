@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 HUB_FILES := $(wildcard *_spaceexplore.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint
+.PHONY: help quickstart test benchmark lint
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ quickstart: $(STAMP) ## train, evaluate and draw a forecast on the sample prices
 test: $(STAMP) ## run the tests
 	$(BIN)/python tests/fetch_transformers_tests.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+benchmark: $(STAMP) ## measure the benchmarks' ratios beside the committed ones
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/check.py $(ARGS)
 
 # mlinter searches a directory recursively, .venv included: it is given the Hub files that it has rules for. There is no
 # exception to a rule.
