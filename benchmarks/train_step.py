@@ -6,7 +6,7 @@ Random inputs with a label at every step, float32: forward, backward, clipping a
 by default. Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B) is the time that the products of the model
 would take at the speed of a large square one with as many threads, over the time of the step. Both take turns, and the
 median of the rounds' ratios is shown. Times of one thread are CPU times of the process: where nothing else runs, those
-of the clock. Those of several are the clock's: where the machine does something else too, OMP_WAIT_POLICY=passive keeps
+of the clock. Those of several are the clock's: where others compute too, OMP_WAIT_POLICY=passive keeps
 threads from spinning for the one that has no core. First with the allocator as it is, then with freed memory kept, as
 the training programs have it. Exit code 1 when 2,000 tokens or more have a utilisation below 0.75 then, which is asked
 of recipes/27m.
