@@ -272,15 +272,15 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         Returns:
             One row per bar: `ticker, date, <feature_names>`, float32, NaN where undefined.
         """
-        prices, names = validate_prices(prices), self.feature_names
+        prices = validate_prices(prices)
         # As pandas keeps a table: column by column.
-        values = np.empty((len(names), len(prices)), dtype=np.float32)
+        values = np.empty((len(self.feature_names), len(prices)), dtype=np.float32)
         tickers = prices.groupby("ticker", sort=False)
         for _, bars in tqdm(tickers, desc="features", unit="ticker", leave=False, delay=1):
-            values[:, bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, names).T
-        for name, column in compute_panel(prices, names):
-            values[names.index(name)] = column
-        features = pd.DataFrame(values.T, columns=names, copy=False)
+            values[:, bars.index[0] : bars.index[-1] + 1] = compute_indicators(bars, self.feature_names).T
+        for name, column in compute_panel(prices, self.feature_names):
+            values[self.feature_names.index(name)] = column
+        features = pd.DataFrame(values.T, columns=self.feature_names, copy=False)
         features.insert(0, "ticker", prices["ticker"])
         features.insert(1, "date", prices["date"])
         return features

@@ -619,7 +619,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
             cache = DynamicCache(config=self.config)
         if input_ids is None and inputs_embeds is None:
             past_values_mask = attention_mask
-            hidden_states = values = self.embed_new_steps(past_values, attention_mask, past_seen)
+            hidden_states = values = self.embed_values(past_values, attention_mask, past_seen)
         else:
             values = None if past_values is None else self.embed_values(past_values, past_values_mask)
             hidden_states = self.fill_placeholders(input_ids, inputs_embeds, values, past_values_mask)  # (B, S, D)
@@ -649,24 +649,10 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
             last_hidden_state=self.norm(hidden_states), cache=cache, feature_loss=feature_loss
         )
 
-    def embed_values(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """Front end: time steps (B, T, F) to what the decoder reads, (B, T, D)."""
-        check_values(past_values, mask, self.config.num_features)
-        return self.mscnn(self.value_embedding(past_values, mask), mask)
-
-    def feature_loss(
-        self, values: torch.Tensor | None, past_values: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        if self.feature_proj is None or values is None or not self.training:
-            return None
-        if values.shape[1] < past_values.shape[1]:  # new steps alone
-            return None
-        return self.t2t.feature_loss(values, past_values, mask, self.feature_proj)
-
-    def embed_new_steps(
-        self, past_values: torch.Tensor | None, mask: torch.Tensor | None, past_seen: int | torch.Tensor
+    def embed_values(
+        self, past_values: torch.Tensor | None, mask: torch.Tensor | None, past_seen: int | torch.Tensor = 0
     ) -> torch.Tensor:
-        """Those that are not in the cache, from the history that they see."""
+        """Front end: time steps (B, T, F) to what the decoder reads of those not in the cache, (B, T - seen, D)."""
         check_values(past_values, mask, self.config.num_features)
         if past_seen >= past_values.shape[1]:
             raise ValueError(
@@ -676,8 +662,17 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         # A compiled graph, and a static cache, whose count is a tensor, want shapes that do not depend on the mask.
         varies = isinstance(past_seen, int) and past_seen > 0 and not torch.compiler.is_compiling()
         first = self.mscnn.first_needed(mask, past_seen) if varies else 0
-        values = self.embed_values(past_values[:, first:], None if mask is None else mask[:, first:])
-        return values[:, past_seen - first :]
+        seen = None if mask is None else mask[:, first:]
+        return self.mscnn(self.value_embedding(past_values[:, first:], seen), seen)[:, past_seen - first :]
+
+    def feature_loss(
+        self, values: torch.Tensor | None, past_values: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if self.feature_proj is None or values is None or not self.training:
+            return None
+        if values.shape[1] < past_values.shape[1]:  # new steps alone
+            return None
+        return self.t2t.feature_loss(values, past_values, mask, self.feature_proj)
 
     def fill_placeholders(
         self,
