@@ -69,7 +69,14 @@ _SIZES = (
     "head_dim",
 )
 _COUNTS = ("first_k_dense_replace", "mscnn_num_blocks", "wavelet_levels", "t2t_num_hidden_layers")
-_WEIGHTS = ("mean_loss_weight", "quantile_loss_weight", "router_aux_loss_coef", "t2t_loss_weight", "flat_band")
+_WEIGHTS = (
+    "input_noise",
+    "mean_loss_weight",
+    "quantile_loss_weight",
+    "router_aux_loss_coef",
+    "t2t_loss_weight",
+    "flat_band",
+)
 
 
 @auto_docstring(
@@ -88,6 +95,9 @@ class SpaceExploreConfig(PreTrainedConfig):
     input_norm (`str`, *optional*, defaults to `"dyt"`):
         Normalisation of the features before they are embedded: `"dyt"` (Dynamic Tanh), `"batch"` (batch normalisation
         over unpadded steps) or `"rms"` (root mean square over the features of a step).
+    input_noise (`float`, *optional*, defaults to 0.0):
+        Standard deviation of the normal noise that training adds to the features (Bishop, 1995, Training with Noise is
+        Equivalent to Tikhonov Regularization). The extractor gives them a spread of about one.
     attention_type (`str`, *optional*, defaults to `"mla"`):
         `"mla"` (multi-head latent attention), `"gqa"` (grouped-query) or `"mha"` (multi-head attention).
     num_key_value_heads (`int`, *optional*):
@@ -192,6 +202,7 @@ class SpaceExploreConfig(PreTrainedConfig):
 
     num_features: int = 64
     input_norm: str = "dyt"
+    input_noise: float | int = 0.0
     hidden_size: int = 256
     intermediate_size: int = 5120
     num_hidden_layers: int = 4

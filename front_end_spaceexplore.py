@@ -98,6 +98,7 @@ class SpaceExploreValueEmbedding(nn.Module):
 
     def __init__(self, config: SpaceExploreConfig):
         super().__init__()
+        self.input_noise = config.input_noise
         self.input_norm = INPUT_NORMS[config.input_norm](config.num_features, config.rms_norm_eps)
         self.value_proj = nn.Linear(config.num_features, config.hidden_size)
         self.missing_proj = nn.Linear(config.num_features, config.hidden_size, bias=False)
@@ -107,6 +108,8 @@ class SpaceExploreValueEmbedding(nn.Module):
         if attention_mask is not None:
             known = known & attention_mask.bool().unsqueeze(-1)
         values = torch.where(known, past_values, 0.0).float()
+        if self.training and self.input_noise:
+            values = torch.where(known, values + self.input_noise * torch.randn_like(values), 0.0)
         values = torch.where(known, self.input_norm(values, known), 0.0).to(self.value_proj.weight.dtype)
         return self.value_proj(values) + self.missing_proj((~known).to(values.dtype))  # (B, T, D)
 

@@ -59,6 +59,7 @@ from .indicators_base_spaceexplore import (
     panel_indicator,
     position,
     price_range,
+    rolling,
     rolling_correlation,
     rolling_covariance,
     rolling_mean,
@@ -461,6 +462,43 @@ def market_residual(panel, window):
     return returns - market_exposure(panel) * panel.each(scaled_market)
 
 
+# --- season: what comes back with the quarter and the year ---
+# Companies report a quarter's earnings about when they did the last time, and prices and volumes move as on few other
+# days (Beaver, 1968, The Information Content of Annual Earnings Announcements). It takes no calendar of announcements:
+# the bars of twelve quarters tell where in the quarter they fall, for each ticker by itself.
+
+QUARTER = 62.9  # sessions
+
+
+@shared
+def _activity(bars: Bars) -> np.ndarray:
+    """The day's move in units of the volatility before it, at most 6, times the root of its volume where that is over
+    its mean; smoothed over the sessions before and after, so that a row has that of the row before."""
+    move = np.minimum(np.abs(daily_return(bars)) / lag(volatility(bars), 1), 6)
+    activity = move * np.exp(np.maximum(relative_volume(bars, 20), 0) / 2)
+    return (activity + 2 * lag(activity, 1) + lag(activity, 2)) / 4
+
+
+def _season(bars: Bars, quarters: tuple[int, ...], window: int) -> np.ndarray:
+    """Logarithm of the mean, over past quarters, of the most activity where the next `window` sessions would be."""
+    peak = rolling(np.maximum, _activity(bars), window)
+    past = np.stack([lag(peak, round(QUARTER * quarter) - window - 1) for quarter in quarters])
+    known = np.isfinite(past)
+    return np.log(np.where(known, past, 0).sum(axis=0) / known.sum(axis=0))
+
+
+@indicator("season", windows=(1, 5))
+def quarter_season(bars, window):
+    """Moves and volumes of the coming sessions' counterparts in the last twelve quarters."""
+    return _season(bars, tuple(range(1, 13)), window)
+
+
+@indicator("season", windows=(1, 5))
+def year_season(bars, window):
+    """Moves and volumes of the coming sessions' counterparts in the last three years."""
+    return _season(bars, (4, 8, 12), window)
+
+
 # --- selection ---
 
 # Frozen: a network trained on them expects these columns in this order. Chosen on 30 tickers so that no two of them
@@ -473,15 +511,8 @@ FEATURE_PRESETS = {
         *("scaled_return_1", "scaled_return_3", "scaled_return_5", "scaled_return_10", "scaled_return_20"),
         *("scaled_return_60", "scaled_return_120", "scaled_return_250", "overnight_return_20"),
         *("close_to_sma_10", "close_to_sma_50", "close_to_sma_200", "macd_histogram", "adx_14"),
-        *(
-            "directional_movement_14",
-            "aroon_25",
-            "psar_distance",
-            "supertrend_distance",
-            "ichimoku_cloud",
-            "vortex_14",
-        ),
-        *("rsi_7", "rsi_14", "stochastic_k", "williams_r_14", "trix_15", "ultimate_oscillator", "up_share_20"),
+        *("aroon_25", "psar_distance", "supertrend_distance", "ichimoku_cloud", "vortex_14"),
+        *("rsi_7", "rsi_14", "stochastic_k", "williams_r_14", "trix_15", "ultimate_oscillator"),
         *("realized_volatility_5", "realized_volatility_20", "realized_volatility_60", "atr_14"),
         *("parkinson_volatility_20", "bollinger_position_20", "bollinger_width_20", "donchian_width_20"),
         *("downside_share_20", "overnight_share_20"),
@@ -489,8 +520,8 @@ FEATURE_PRESETS = {
         *("mfi_14", "cmf_20", "obv_20", "force_index_13"),
         *("fibonacci_position", "fibonacci_nearest"),
         *("day_of_week_sin", "day_of_week_cos"),
-        *("volatility_level_250", "efficiency_ratio_20", "return_skew_60", "price_volume_correlation_20"),
-        *("connors_reversal", "channel_breakout_55"),
+        *("volatility_level_250", "return_skew_60", "price_volume_correlation_20", "channel_breakout_55"),
+        *("quarter_season_1", "quarter_season_5", "year_season_1", "year_season_5"),
     ),
 }
 

@@ -61,7 +61,7 @@ def library_columns(bars: pd.DataFrame, talib: bool) -> dict[str, pd.Series]:
     volatility = np.sqrt((returns**2).ewm(alpha=0.06, min_periods=20).mean()).clip(lower=1e-4)
     ticker = Ticker(bars, returns, volatility, talib)
     with np.errstate(divide="ignore", invalid="ignore"):
-        groups = (price, past_returns, trend, momentum, volatilities, volume, regimes, signals)
+        groups = (price, past_returns, trend, momentum, volatilities, volume, regimes, signals, seasons)
         return {name: column for group in groups for name, column in group(ticker).items()}
 
 
@@ -93,7 +93,6 @@ def past_returns(ticker: Ticker) -> dict[str, pd.Series]:
 def trend(ticker: Ticker) -> dict[str, pd.Series]:
     bars, scaled, talib = ticker.bars, ticker.scaled, ticker.talib
     close = bars["close"]
-    directional = bars.ta.adx(length=14, talib=talib)
     long, short = bars.ta.psar(talib=talib)[["PSARl_0.02_0.2", "PSARs_0.02_0.2"]].to_numpy().T
     stop = bars.ta.supertrend(length=10, multiplier=3.0).iloc[:, 0]
     spans = bars.ta.ichimoku(lookahead=False)[["ISA_9", "ISB_26"]]
@@ -102,8 +101,7 @@ def trend(ticker: Ticker) -> dict[str, pd.Series]:
     return {
         **{f"close_to_sma_{n}": scaled(np.log(close / bars.ta.sma(length=n, talib=talib)), n) for n in (10, 50, 200)},
         "macd_histogram": scaled(bars.ta.macd(talib=talib)["MACDh_12_26_9"] / close),
-        "adx_14": directional["ADX_14"] / 50 - 1,
-        "directional_movement_14": (directional["DMP_14"] - directional["DMN_14"]) / 100,
+        "adx_14": bars.ta.adx(length=14, talib=talib)["ADX_14"] / 50 - 1,
         "aroon_25": bars.ta.aroon(length=25, talib=talib)["AROONOSC_25"] / 100,
         "psar_distance": scaled(np.log(close / np.where(np.isnan(long), short, long)), 10),
         "supertrend_distance": scaled(np.log(close / stop.where(stop > 0)), 10),
@@ -120,7 +118,6 @@ def momentum(ticker: Ticker) -> dict[str, pd.Series]:
         "williams_r_14": own.willr(length=14, talib=talib) / 50 + 1,
         "trix_15": ticker.scaled(own.trix(length=15, talib=talib)["TRIX_15_9"] / 100),
         "ultimate_oscillator": own.uo(talib=talib) / 50 - 1,
-        "up_share_20": own.psl(length=20) / 50 - 1,
     }
 
 
@@ -173,7 +170,6 @@ def regimes(ticker: Ticker) -> dict[str, pd.Series]:
         "day_of_week_sin": np.sin(phase),
         "day_of_week_cos": np.cos(phase),
         "volatility_level_250": np.log(ticker.volatility / ticker.volatility.rolling(250).mean()),
-        "efficiency_ratio_20": bars.ta.er(length=20),
         "return_skew_60": ticker.returns.rolling(60).skew(),
         "price_volume_correlation_20": ticker.returns.rolling(20).corr(np.log(bars["volume"] + 1).diff()),
     }
@@ -181,15 +177,23 @@ def regimes(ticker: Ticker) -> dict[str, pd.Series]:
 
 def signals(ticker: Ticker) -> dict[str, pd.Series]:
     bars, close = ticker.bars, ticker.bars["close"]
-    strength = bars.ta.rsi(length=2, talib=ticker.talib)
-    average = bars.ta.sma(length=200, talib=ticker.talib)
-    bought, sold = (strength < 10) & (close > average), (strength > 90) & (close < average)
     channel = bars.ta.donchian(lower_length=55, upper_length=55).shift()
     sides = [close > channel["DCU_55_55"], close < channel["DCL_55_55"]]
-    return {
-        "connors_reversal": (1.0 * bought - sold).where(average.notna()),
-        "channel_breakout_55": pd.Series(np.select(sides, [1.0, -1.0], np.nan)).ffill(),
-    }
+    return {"channel_breakout_55": pd.Series(np.select(sides, [1.0, -1.0], np.nan)).ffill()}
+
+
+def seasons(ticker: Ticker) -> dict[str, pd.Series]:
+    sold = ticker.bars["volume"]
+    volume = (sold + 1) / (ticker.bars.ta.sma(close="volume", length=20, talib=ticker.talib) + 1)
+    activity = (ticker.returns.abs() / ticker.volatility.shift()).clip(upper=6) * np.sqrt(volume.clip(lower=1))
+    smooth = (activity + 2 * activity.shift() + activity.shift(2)) / 4
+    columns = {}
+    for name, quarters in {"quarter_season": range(1, 13), "year_season": (4, 8, 12)}.items():
+        for days in (1, 5):
+            peaks = smooth.rolling(days).max()
+            past = [peaks.shift(round(62.9 * quarter) - days - 1) for quarter in quarters]
+            columns[f"{name}_{days}"] = np.log(pd.concat(past, axis=1).mean(axis=1))
+    return columns
 
 
 # --- their speed -----------------------------------------------------------------------------------------------------

@@ -159,9 +159,13 @@ def test_tokens_are_those_of_supervised_training(moved):
 
 
 def test_nothing_is_dropped_out(language_model, market, tmp_path):
-    trainer, *_ = prepare(parse_dpo(tiny_dpo(language_model, market, tmp_path)))
+    noisy = Path(shutil.copytree(language_model, tmp_path / "noisy"))
+    fields = json.loads((noisy / "config.json").read_text())
+    (noisy / "config.json").write_text(json.dumps(fields | {"input_noise": 0.5}))
+    trainer, *_ = prepare(parse_dpo(tiny_dpo(noisy, market, tmp_path)))
     model, batch = trainer.model.train(), batch_of(trainer)
     assert model.config.attention_dropout > 0
+    assert model.config.input_noise > 0
     np.testing.assert_array_equal(log_probabilities(model, batch), log_probabilities(model, batch))
     np.testing.assert_allclose(
         log_probabilities(model, batch), log_probabilities(trainer.ref_model, batch), rtol=1e-5, atol=1e-5

@@ -704,6 +704,24 @@ def make_embedding(norm: str) -> SpaceExploreValueEmbedding:
     return embedding
 
 
+@EVERY_NORM
+def test_noise_is_on_known_values_and_in_training_alone(norm):
+    embedding = SpaceExploreValueEmbedding(make_config(input_norm=norm, input_noise=0.5))
+    seen = []
+    embedding.input_norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    values = spoil(normal(200, STEPS, FEATURES), seed=4)
+    mask = some(200, STEPS, seed=5)
+    for training in (False, True):
+        embedding.train(training)(values, mask)
+    (plain, known), (noisy, still_known) = seen
+    assert torch.equal(known, still_known)
+    assert torch.equal(plain, torch.where(values.isfinite() & mask.unsqueeze(-1), values, 0.0))
+    assert (noisy[~known] == 0).all()
+    noise = (noisy - plain)[known]
+    assert noise.std().item() == pytest.approx(0.5, rel=0.03)
+    assert abs(noise.mean().item()) < 0.03
+
+
 def spoil(values: torch.Tensor, seed: int, share: float = 0.3) -> torch.Tensor:
     """A `share` of the values is not a finite number."""
     kinds = torch.tensor([math.nan, math.inf, -math.inf])

@@ -41,7 +41,7 @@ from spaceexploreai.scripts import indicators as command
 PANEL = [name for name, column in INDICATORS.items() if column.panel]
 NAMES = [name for name in INDICATORS if name not in PANEL]
 PRICES = ["open", "high", "low", "close"]
-WARM_UP = 270  # bars: a window of 250 volatilities, each of 20 returns
+WARM_UP = 280  # bars: the activity of a year before, in units of the volatility of 20 returns
 DATES = pd.bdate_range("2020-01-01", periods=400)
 # Histories are made from a seed; smaller seeds make no simpler ones.
 NO_SHRINKING = {"deadline": None, "phases": [Phase.explicit, Phase.reuse, Phase.generate]}
@@ -837,6 +837,28 @@ def streak(bars, _):
     return sides[-1] * length
 
 
+def activity(bars, sigma, row: int) -> float:
+    """Of one session, before it is smoothed."""
+    if row < 20:
+        return math.nan
+    move = abs(math.log(bars[row].close / bars[row - 1].close)) / sigma[row - 1]
+    volume = (bars[row].volume + 1) / (fmean(bar.volume for bar in bars[row - 19 : row + 1]) + 1)
+    return min(move, 6) * math.sqrt(max(volume, 1))
+
+
+def season(quarters, window: int):
+    def counterparts(bars, sigma, quarter: int) -> list[float]:
+        rows = [len(bars) - 1 + ahead - round(62.9 * quarter) for ahead in range(1, window + 1)]
+        days = [[activity(bars, sigma, row + near) for near in (-1, 0, 0, 1)] for row in rows]
+        return [fmean(four) for four in days]
+
+    def loop(bars, sigma):
+        past = [counterparts(bars, sigma, quarter) for quarter in quarters]
+        return math.log(fmean(max(peaks) for peaks in past if not any(map(math.isnan, peaks))))
+
+    return loop
+
+
 def cycle(wave, phase):
     return lambda bars, _: wave(2 * math.pi * phase(bars[-1].date))
 
@@ -922,6 +944,8 @@ LOOPS = {
     "variance_ratio_60": (64, variance_ratio),
     "momentum_12_1": (250, skipping_momentum),
     "streak": (1, streak),
+    **{f"quarter_season_{n}": (62, season(range(1, 13), n)) for n in (1, 5)},
+    **{f"year_season_{n}": (251, season((4, 8, 12), n)) for n in (1, 5)},
     **CALENDAR,
 }
 
@@ -1162,6 +1186,7 @@ GROUPS = [
     "market_regime",
     "signals",
     "relation",
+    "season",
 ]
 
 
@@ -1303,7 +1328,7 @@ def test_default_preset_is_frozen():
     assert len(DEFAULT) == len(set(DEFAULT)) == 64
     assert (
         hashlib.sha256(" ".join(DEFAULT).encode()).hexdigest()
-        == "f168b0fab08f267e5b83f6276ec7eda9932684a39410d1a1a8ed6fadedfc6db5"
+        == "de6ee3c4997262217679cfcfb7c61e6bc05f92db7106e11b82d0102adbb0389b"
     )
 
 

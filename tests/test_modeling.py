@@ -830,7 +830,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         assert_close(parameter.grad, expected_gradients[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dropout", ["attention_dropout", "hidden_dropout"])
+@pytest.mark.parametrize("dropout", ["attention_dropout", "hidden_dropout", "input_noise"])
 def test_dropout_is_for_training_alone(dropout):
     model, batch = make_model(**{dropout: 0.5}), make_batch()
     assert_same_forecast(model(**batch), shared_model()(**batch))

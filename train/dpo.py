@@ -136,9 +136,10 @@ def load_tokenizer(checkpoint: str) -> SpaceExploreTokenizer:
 def load_model(checkpoint: str, config: SpaceExploreConfig, dropout: bool) -> SpaceExploreForCausalLM:
     model = SpaceExploreForCausalLM.from_pretrained(checkpoint, config=config)
     for module in model.modules():
-        # TRL switches the layers off, but not the probability that attention is given.
-        if not dropout and hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        # TRL switches the layers off, but not the probability that attention is given, nor the noise.
+        for name in ("attention_dropout", "input_noise"):
+            if not dropout and hasattr(module, name):
+                setattr(module, name, 0.0)
     return model
 
 
