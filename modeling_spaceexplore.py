@@ -457,7 +457,8 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
             init.normal_(module.mask_token, mean=0.0, std=std)
         elif isinstance(module, SpaceExploreQuantileHead):
             # Returns in units of their volatility are near a unit normal.
-            init.copy_(module.bias, module.bias_for(module.unit_normal_quantiles()))
+            quantiles = module.unit_normal_quantiles()
+            init.copy_(module.bias, module.bias_for(torch.zeros(len(quantiles)), quantiles))
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -796,31 +797,49 @@ class SpaceExploreTimeToTextOutput(ModelOutput):
 
 class SpaceExploreQuantileHead(nn.Linear):
     """
-    Quantiles that cannot cross: the middle one, and positive steps outwards from it.
+    Quantiles that cannot cross: positive steps outwards from a centre.
+
+    The input stretches the steps, alike on either side: it says how far returns may go, and not where to, which is left
+    to the mean. Quantiles that may lean learn by heart where past days went (docs/LOG.md). Centre and skew are biases,
+    the same for every input, unless `config.quantile_location` is "free", as for targets that have a direction.
 
     A linear layer, not a module around one: the library initialises only modules with parameters of their own.
     """
 
     def __init__(self, config: SpaceExploreConfig):
-        super().__init__(config.hidden_size, len(config.horizons) * len(config.quantile_levels))
-        self.levels = list(config.quantile_levels)
-        self.middle = len(self.levels) // 2
+        below, above = (sum(side) for side in zip(*((p < 0.5, p > 0.5) for p in config.quantile_levels), strict=True))
+        self.is_free = config.quantile_location == "free"
+        outputs = 1 + below + above if self.is_free else max(below, above)
+        super().__init__(config.hidden_size, len(config.horizons) * outputs, bias=False)
+        self.bias = nn.Parameter(torch.empty(len(config.horizons) * (1 + below + above)))
+        self.below, self.above = below, above
+        self.levels = config.quantile_levels
         self.num_horizons = len(config.horizons)
 
-    def bias_for(self, quantiles: torch.Tensor) -> torch.Tensor:
-        """Bias, (H*Q,), at which the head without weights gives these (H, Q) quantiles."""
-        steps = quantiles.diff(dim=-1).clamp(min=1e-3).expm1().log()  # inverse of softplus
-        return torch.cat((quantiles[:, self.middle, None], steps), dim=-1).flatten()
+    def bias_for(self, centre: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+        """Bias, (H*(1+Q),), at which the head without weights gives these (H, Q) quantiles around an (H,) centre, which
+        is the median itself where that is one of them."""
+        below, median, above = quantiles.tensor_split((self.below, quantiles.shape[-1] - self.above), dim=-1)
+        centre = torch.cat((median, centre.unsqueeze(-1)), dim=-1)[:, :1]
+        down = torch.cat((below, centre), dim=-1).diff(dim=-1).flip(-1)
+        up = torch.cat((centre, above), dim=-1).diff(dim=-1)
+        steps = torch.cat((down, up), dim=-1).clamp(min=1e-3).expm1().log()  # inverse of softplus
+        return torch.cat((centre, steps), dim=-1).flatten()
 
     def unit_normal_quantiles(self) -> torch.Tensor:
         quantiles = torch.tensor([NormalDist().inv_cdf(level) for level in self.levels])
         return quantiles.expand(self.num_horizons, -1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        outputs = super().forward(hidden_states).float().unflatten(-1, (self.num_horizons, -1))  # (B, T, H, Q)
-        middle, steps = outputs[..., :1], F.softplus(outputs[..., 1:])
-        offsets = F.pad(steps.cumsum(-1), (1, 0))
-        return middle + offsets - offsets[..., self.middle, None]
+        outputs = F.linear(hidden_states, self.weight).float().unflatten(-1, (self.num_horizons, -1))
+        if not self.is_free:
+            still = torch.zeros_like(outputs[..., :1])
+            outputs = torch.cat((still, outputs[..., : self.below], outputs[..., : self.above]), dim=-1)
+        outputs = outputs + self.bias.float().view(self.num_horizons, -1)
+        centre, down, up = outputs.split((1, self.below, self.above), dim=-1)
+        down, up = F.softplus(down).cumsum(-1), F.softplus(up).cumsum(-1)
+        median = centre[..., : len(self.levels) - self.below - self.above]
+        return torch.cat((centre - down.flip(-1), median, centre + up), dim=-1)  # (B, T, H, Q)
 
 
 def pinball_loss(targets: torch.Tensor, quantiles: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -892,7 +911,7 @@ class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
             quantiles (`torch.Tensor` of shape `(num_horizons, num_quantiles)`): of the same.
         """
         self.mean_head.bias.copy_(mean)
-        self.quantile_head.bias.copy_(self.quantile_head.bias_for(quantiles))
+        self.quantile_head.bias.copy_(self.quantile_head.bias_for(mean, quantiles))
 
     @can_return_tuple
     @auto_docstring

@@ -1,6 +1,7 @@
 """The network: against foreign implementations of its parts, and properties that every causal forecaster must have."""
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -335,18 +336,42 @@ def test_experts_backend_can_be_switched(backend, monkeypatch):
 # --- the heads ---
 
 
-@pytest.mark.parametrize("levels", [[0.5], [0.2, 0.8], LEVELS, [i / 20 for i in range(1, 20)]], ids=len)
-@few
-@given(seed=seeds, size=st.sampled_from([0.01, 1.0, 30.0]))
-def test_quantiles_never_cross(levels, seed, size):
+def random_quantiles(seed: int, size: float, **fields) -> torch.Tensor:
     torch.manual_seed(seed)
-    head = SpaceExploreQuantileHead(make_config(quantile_levels=levels))
+    head = SpaceExploreQuantileHead(make_config(**fields))
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=size)
-    quantiles = head(hidden_states(seed))
+    return head(hidden_states(seed))
+
+
+@pytest.mark.parametrize("location", ["fixed", "free"])
+@pytest.mark.parametrize("levels", [[0.05], [0.2, 0.8], LEVELS, [i / 20 for i in range(1, 20)]], ids=len)
+@few
+@given(seed=seeds, size=st.sampled_from([0.01, 1.0, 30.0]))
+def test_quantiles_never_cross(levels, location, seed, size):
+    quantiles = random_quantiles(seed, size, quantile_levels=levels, quantile_location=location)
     assert quantiles.shape == (BATCH, STEPS, len(HORIZONS), len(levels))
     assert quantiles.isfinite().all()
     assert (quantiles.diff(dim=-1) >= 0).all()
+
+
+@few
+@given(seed=seeds)
+def test_input_moves_no_quantile_but_away_from_the_centre_or_towards_it(seed):
+    """What one side gains by another input the other does, step by step: no input has a direction."""
+    quantiles = random_quantiles(seed, 1.0, quantile_levels=[0.1, 0.3, 0.5, 0.7, 0.9]).flatten(0, 1)
+    assert_close(quantiles[..., 2], quantiles[:1, :, 2].expand(len(quantiles), -1))
+    down, up = quantiles.diff(dim=-1)[..., :2].flip(-1), quantiles.diff(dim=-1)[..., 2:]
+    for first, second in itertools.pairwise(range(len(quantiles))):
+        wider = up[second] > up[first]
+        assert torch.equal(wider, down[second] > down[first])
+
+
+def test_free_quantiles_have_a_direction():
+    quantiles = random_quantiles(0, 1.0, quantile_levels=[0.1, 0.5, 0.9], quantile_location="free").flatten(0, 1)
+    assert quantiles[:, 0, 1].std() > 0.1
+    down, up = quantiles[:, 0].diff(dim=-1).T
+    assert ((up.diff() > 0) != (down.diff() > 0)).any()
 
 
 def silence_heads(model: SpaceExploreForRegression):
@@ -356,9 +381,10 @@ def silence_heads(model: SpaceExploreForRegression):
             nn.init.zeros_(weight)
 
 
-@pytest.mark.parametrize("levels", [LEVELS, [0.5], [i / 20 for i in range(1, 20)]], ids=len)
-def test_starts_from_the_marginal_distribution(levels):
-    model = make_model(quantile_levels=levels)
+@pytest.mark.parametrize("location", [None, "free"])
+@pytest.mark.parametrize("levels", [LEVELS, [0.5], [0.2, 0.8], [i / 20 for i in range(1, 20)]], ids=len)
+def test_starts_from_the_marginal_distribution(levels, location):
+    model = make_model(quantile_levels=levels, quantile_location=location)
     mean = torch.tensor([0.03, -0.05, 0.2])
     # Of Student's t with 2 degrees of freedom, whose quantiles have a closed form, moved and widened by horizon.
     p = torch.tensor(levels)
@@ -915,8 +941,10 @@ def test_presets_are_as_large_as_they_are_called(name, parameters, tolerance):
 
 
 def test_defaults_are_the_27m_preset():
-    preset = SpaceExploreConfig.from_json_file(ROOT / "recipes" / "27m" / "config.json")
-    assert preset.to_dict() == SpaceExploreConfig().to_dict()
+    """But for what its recipe trains with, and what is no part of the network."""
+    preset = SpaceExploreConfig.from_json_file(ROOT / "recipes" / "27m" / "config.json").to_dict()
+    training = {name: preset[name] for name in ("input_noise", "mean_loss_weight")}
+    assert preset == SpaceExploreConfig().to_dict() | training
 
 
 def test_parallel_plans_name_what_is_there():
