@@ -799,9 +799,9 @@ class SpaceExploreQuantileHead(nn.Linear):
     """
     Quantiles that cannot cross: positive steps outwards from a centre.
 
-    The input stretches the steps, alike on either side: it says how far returns may go, and not where to, which is left
-    to the mean. Quantiles that may lean learn by heart where past days went (docs/LOG.md). Centre and skew are biases,
-    the same for every input, unless `config.quantile_location` is "free", as for targets that have a direction.
+    The input stretches the steps, alike on either side: it says how far returns may go, and not where to, which is
+    left to the mean. Quantiles that may lean learn by heart where past days went (docs/LOG.md). Centre and skew are
+    biases, the same for every input, unless `config.quantile_location` is "free", as for targets with a direction.
 
     A linear layer, not a module around one: the library initialises only modules with parameters of their own.
     """
@@ -817,8 +817,8 @@ class SpaceExploreQuantileHead(nn.Linear):
         self.num_horizons = len(config.horizons)
 
     def bias_for(self, centre: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
-        """Bias, (H*(1+Q),), at which the head without weights gives these (H, Q) quantiles around an (H,) centre, which
-        is the median itself where that is one of them."""
+        """Bias at which the head without weights gives these (H, Q) quantiles around an (H,) centre, which is the
+        median itself where that is one of them."""
         below, median, above = quantiles.tensor_split((self.below, quantiles.shape[-1] - self.above), dim=-1)
         centre = torch.cat((median, centre.unsqueeze(-1)), dim=-1)[:, :1]
         down = torch.cat((below, centre), dim=-1).diff(dim=-1).flip(-1)
