@@ -40,7 +40,7 @@ DIRECTIONS = {0: "down", 1: "flat", 2: "up"}
 
 ATTENTION_TYPES = ("mla", "gqa", "mha")
 INPUT_NORMS = ("dyt", "batch", "rms")
-QUANTILE_LOCATIONS = ("fixed", "free")
+QUANTILE_FORMS = ("scale", "free")
 WAVELETS = ("haar", "db2", "db4", "sym4")
 
 _SIZES = (
@@ -148,10 +148,9 @@ class SpaceExploreConfig(PreTrainedConfig):
         What was predicted in training, of `data/windows.py`. Only log-returns can be decoded to prices.
     quantile_levels (`list[float]`, *optional*, defaults to 0.05, 0.10, … 0.95):
         Levels of the predicted quantiles, increasing, within (0, 1).
-    quantile_location (`str`, *optional*):
-        `"fixed"`: the input widens and narrows the quantiles alike on either side of a centre that it does not move;
-        `"free"`: it moves each. By default fixed if `target` is a log-return, whose direction is nearly all noise, and
-        there is a level besides the median.
+    quantile_form (`str`, *optional*):
+        `"scale"`: the input stretches one learned shape for each horizon; `"free"`: it moves each quantile. By default
+        scale if `target` is a log-return, whose direction is nearly all noise, and a level is not the median.
     mean_loss_weight (`float`, *optional*, defaults to 1.0):
         Weight of the mean squared error of the scaled mean.
     quantile_loss_weight (`float`, *optional*, defaults to 1.0):
@@ -256,7 +255,7 @@ class SpaceExploreConfig(PreTrainedConfig):
     horizons: list[int] | tuple[int, ...] = (1, 2, 5, 10)
     target: str = "log_return"
     quantile_levels: list[float] | tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 20))
-    quantile_location: str | None = None
+    quantile_form: str | None = None
     mean_loss_weight: float | int = 1.0
     quantile_loss_weight: float | int = 1.0
     flat_band: float | int = 0.25
@@ -279,8 +278,8 @@ class SpaceExploreConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads // shared
             self.head_dim = self.head_dim or self.hidden_size // max(self.num_attention_heads, 1)
         has_spread = any(level != 0.5 for level in self.quantile_levels)
-        self.quantile_location = self.quantile_location or (
-            "fixed" if self.target == "log_return" and has_spread else "free"
+        self.quantile_form = self.quantile_form or (
+            "scale" if self.target == "log_return" and has_spread else "free"
         )
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         self.id2label = self.id2label or dict(DIRECTIONS)
@@ -304,7 +303,7 @@ class SpaceExploreConfig(PreTrainedConfig):
         choices = {
             "attention_type": ATTENTION_TYPES,
             "input_norm": INPUT_NORMS,
-            "quantile_location": QUANTILE_LOCATIONS,
+            "quantile_form": QUANTILE_FORMS,
             "wavelet": WAVELETS,
         }
         for name, known in choices.items():
@@ -383,8 +382,8 @@ class SpaceExploreConfig(PreTrainedConfig):
         levels = self.quantile_levels
         if not levels or not 0 < levels[0] <= levels[-1] < 1 or not _is_increasing(levels):
             raise ValueError(f"quantile_levels must be increasing within (0, 1), got {list(levels)}")
-        if self.quantile_location == "fixed" and list(levels) == [0.5]:
-            raise ValueError("quantile_location 'fixed' leaves nothing to forecast of quantile_levels [0.5]")
+        if self.quantile_form == "scale" and list(levels) == [0.5]:
+            raise ValueError("quantile_form 'scale' leaves nothing to forecast of quantile_levels [0.5]")
         if len(self.id2label) != len(DIRECTIONS):
             raise ValueError(f"a direction is one of {list(DIRECTIONS.values())}, got id2label {self.id2label}")
         if self.vocab_size is not None and not 0 <= self.ts_token_id < self.vocab_size:

@@ -18,6 +18,7 @@
 # Shapes: B batch, T time steps, S tokens, F features, D hidden, N heads, E experts, K experts per token, H horizons,
 # Q quantiles, V return tokens
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -799,17 +800,17 @@ class SpaceExploreQuantileHead(nn.Linear):
     """
     Quantiles that cannot cross: positive steps outwards from a centre.
 
-    The input stretches the steps, alike on either side: it says how far returns may go, and not where to, which is
-    left to the mean. Quantiles that may lean learn by heart where past days went (docs/LOG.md). Centre and skew are
-    biases, the same for every input, unless `config.quantile_location` is "free", as for targets with a direction.
+    The input stretches one shape for each horizon: it says how far returns may go, and not where to, which is left to
+    the mean. Quantiles that may lean learn by heart where past days went (docs/LOG.md). Centre and shape are biases.
+    With `config.quantile_form` "free", as for targets with a direction, the input moves the centre and each step.
 
     A linear layer, not a module around one: the library initialises only modules with parameters of their own.
     """
 
     def __init__(self, config: SpaceExploreConfig):
         below, above = (sum(side) for side in zip(*((p < 0.5, p > 0.5) for p in config.quantile_levels), strict=True))
-        self.is_free = config.quantile_location == "free"
-        outputs = 1 + below + above if self.is_free else max(below, above)
+        self.is_free = config.quantile_form == "free"
+        outputs = 1 + below + above if self.is_free else 1
         super().__init__(config.hidden_size, len(config.horizons) * outputs, bias=False)
         self.bias = nn.Parameter(torch.empty(len(config.horizons) * (1 + below + above)))
         self.below, self.above = below, above
@@ -832,14 +833,13 @@ class SpaceExploreQuantileHead(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         outputs = F.linear(hidden_states, self.weight).float().unflatten(-1, (self.num_horizons, -1))
-        if not self.is_free:
-            still = torch.zeros_like(outputs[..., :1])
-            outputs = torch.cat((still, outputs[..., : self.below], outputs[..., : self.above]), dim=-1)
-        outputs = outputs + self.bias.float().view(self.num_horizons, -1)
-        centre, down, up = outputs.split((1, self.below, self.above), dim=-1)
-        down, up = F.softplus(down).cumsum(-1), F.softplus(up).cumsum(-1)
-        median = centre[..., : len(self.levels) - self.below - self.above]
-        return torch.cat((centre - down.flip(-1), median, centre + up), dim=-1)  # (B, T, H, Q)
+        bias = self.bias.float().view(self.num_horizons, -1)  # (H, 1+Q), or (H, Q) with a median
+        # Without weights the stretch is 1; an exponential would be infinite where a softplus is large.
+        shape, stretch = (bias + outputs, 1.0) if self.is_free else (bias, F.softplus(outputs + math.log(math.e - 1)))
+        centre, down, up = shape.split((1, self.below, self.above), dim=-1)
+        down, up = F.softplus(down).cumsum(-1).flip(-1), F.softplus(up).cumsum(-1)
+        median = torch.zeros_like(centre[..., : len(self.levels) - self.below - self.above])
+        return centre + stretch * torch.cat((-down, median, up), dim=-1)  # (B, T, H, Q)
 
 
 def pinball_loss(targets: torch.Tensor, quantiles: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

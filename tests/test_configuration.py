@@ -92,7 +92,7 @@ def test_refuses_an_odd_number_of_rotary_dimensions(value):
     [
         ("attention_type", "mlha", "mla, gqa, mha"),
         ("input_norm", "layer", "dyt, batch, rms"),
-        ("quantile_location", "loose", "fixed, free"),
+        ("quantile_form", "loose", "scale, free"),
         ("wavelet", "db97", "haar, db2, db4, sym4"),
     ],
 )
@@ -100,14 +100,14 @@ def test_refuses_an_unknown_kind(name, value, known):
     assert refusal(**{name: value}) == f"{name} must be one of {known}, got {value!r}"
 
 
-def test_quantiles_of_log_returns_alone_are_fixed():
-    assert SpaceExploreConfig().quantile_location == "fixed"
-    assert SpaceExploreConfig(target="volatility").quantile_location == "free"
-    assert SpaceExploreConfig(quantile_levels=[0.5]).quantile_location == "free"
-    assert SpaceExploreConfig(quantile_levels=[0.05]).quantile_location == "fixed"
-    assert SpaceExploreConfig(quantile_location="free").quantile_location == "free"
-    assert refusal(quantile_location="fixed", quantile_levels=[0.5]) == (
-        "quantile_location 'fixed' leaves nothing to forecast of quantile_levels [0.5]"
+def test_quantiles_of_log_returns_alone_keep_their_shape():
+    assert SpaceExploreConfig().quantile_form == "scale"
+    assert SpaceExploreConfig(target="volatility").quantile_form == "free"
+    assert SpaceExploreConfig(quantile_levels=[0.5]).quantile_form == "free"
+    assert SpaceExploreConfig(quantile_levels=[0.05]).quantile_form == "scale"
+    assert SpaceExploreConfig(quantile_form="free").quantile_form == "free"
+    assert refusal(quantile_form="scale", quantile_levels=[0.5]) == (
+        "quantile_form 'scale' leaves nothing to forecast of quantile_levels [0.5]"
     )
 
 
