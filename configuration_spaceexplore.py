@@ -278,9 +278,7 @@ class SpaceExploreConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads // shared
             self.head_dim = self.head_dim or self.hidden_size // max(self.num_attention_heads, 1)
         has_spread = any(level != 0.5 for level in self.quantile_levels)
-        self.quantile_form = self.quantile_form or (
-            "scale" if self.target == "log_return" and has_spread else "free"
-        )
+        self.quantile_form = self.quantile_form or ("scale" if self.target == "log_return" and has_spread else "free")
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         self.id2label = self.id2label or dict(DIRECTIONS)
         super().__post_init__(**kwargs)

@@ -1,9 +1,10 @@
-"""From prices to an honest forecast in one command: trains a tiny model on real prices and judges it.
+"""From prices to an honest forecast in one command: trains a tiny model on real prices, judges it, and puts the
+shipped network's forecast beside its own.
 
     python scripts/quickstart.py [--tickers AAPL,MSFT] [--prices FILE_OR_DIR] [--num-train-epochs N]
 
 Without --prices it uses the embedded sample and needs no network. Writes outputs/quickstart/{model/, report.html,
-report.md, forecasts.parquet, metrics.json, forecast.png, predicted_vs_actual.png}.
+report.md, forecasts.parquet, metrics.json, forecast.png, forecast_shipped.png, predicted_vs_actual.png}.
 """
 
 import argparse
@@ -12,12 +13,13 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from spaceexploreai.data.cleaning import read_clean
 from spaceexploreai.data.prices import write_atomically
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
-from spaceexploreai.evaluation.report import Report, pictures_of
+from spaceexploreai.evaluation.report import Picture, Report, pictures_of
 from spaceexploreai.evaluation.scores import format_scores, score
 from spaceexploreai.scripts.evaluate import (
     facts_of,
@@ -32,7 +34,8 @@ from spaceexploreai.scripts.forecasters import load_pipeline
 from spaceexploreai.train.arguments import command, make_parser, parse_run
 from spaceexploreai.train.sft import train_and_report
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
+ROOT = Path(__file__).parents[1]  # where the shipped checkpoint lies
+RECIPE = ROOT / "recipes" / "tiny"
 
 
 def train_tiny(args: argparse.Namespace, folder: Path) -> None:
@@ -46,15 +49,20 @@ def train_tiny(args: argparse.Namespace, folder: Path) -> None:
         train_and_report(parse_run([*argv, "--output_dir", scratch]), folder)
 
 
-def write_results(
-    folder: Path, forecasts: pd.DataFrame, newest: pd.DataFrame, prices: pd.DataFrame, report: Report
-) -> list[Path]:
-    """Writes tables and pictures; the forecast table holds the test range and the newest day alike."""
-    fan, history = pictures = [folder / name for name in ("forecast.png", "predicted_vs_actual.png")]
+def forecast_shipped(prices: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """The newest forecast of the shipped network, and what must be known about it."""
+    pipe = load_pipeline(ROOT, "cpu")
+    table, cutoff = forecast_newest(pipe, prices).table, pipe.model.config.train_cutoff
+    known = f"{table['cutoff'].min():%Y-%m-%d}" <= cutoff
+    of_training = "these days are among them: see its form, not its skill" if known else "these days are later"
+    return f"The shipped 27M network was trained on days to {cutoff}; {of_training}.", table
+
+
+def write_results(folder: Path, forecasts: pd.DataFrame, report: Report, figures: dict[str, Figure]) -> list[Path]:
     tables = write_evaluation(folder / "forecasts.parquet", forecasts, report)
-    write_atomically(fan, plot_forecast(newest, prices, newest["ticker"].iloc[0]).savefig)
-    write_atomically(history, plot_predicted_vs_actual(forecasts).savefig)
-    return [*tables, *pictures]
+    for name, figure in figures.items():
+        write_atomically(folder / name, figure.savefig)
+    return [*tables, *(folder / name for name in figures)]
 
 
 @command
@@ -69,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of weights being read and written, thousands a second
 
     prices, _ = read_clean(args.prices, args.tickers, strict=args.strict, fill=args.fill)
-    print(f"[1/3] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)
+    print(f"[1/4] training recipes/tiny on {', '.join(prices['ticker'].unique()[:8])}", flush=True)
     train_tiny(args, args.output_dir / "model")
 
     pipe = load_pipeline(args.output_dir / "model", "cpu")
     model, extractor = pipe.model, pipe.feature_extractor
     within = scored_range(model.config, prices, start=None, end=None)
-    print(f"[2/3] evaluating on {within.start.date()} to {within.end.date()}, which training never saw", flush=True)
+    print(f"[2/4] evaluating on {within.start.date()} to {within.end.date()}, which training never saw", flush=True)
     series = extractor.encode(prices)
     forecasts = forecast_range(model, extractor, prices, within, series=series)
     scores = score(forecasts)
@@ -83,11 +91,20 @@ def main(argv: list[str] | None = None) -> None:
     pictures = pictures_of(forecasts, prices, **inside_of(model, extractor, series, within, forecasts))
     report = Report("Forecasts of the quickstart", facts, scores, notices_of(within, model.config), pictures)
 
-    print("[3/3] forecasting the days after the newest bar", flush=True)
+    print("[3/4] forecasting the days after the newest bar", flush=True)
     newest = forecast_newest(pipe, prices).table
-    paths = write_results(args.output_dir, forecasts, newest, prices, report)
+    print("[4/4] forecasting them by the shipped network", flush=True)
+    notice, shipped = forecast_shipped(prices)
+    ticker = newest["ticker"].iloc[0]
+    figures = {
+        "forecast.png": plot_forecast(newest, prices, ticker),
+        "forecast_shipped.png": plot_forecast(shipped, prices, ticker),
+        "predicted_vs_actual.png": plot_predicted_vs_actual(forecasts),
+    }
+    pictures.append(Picture("The shipped network", notice, figures["forecast_shipped.png"]))
+    paths = write_results(args.output_dir, forecasts, report, figures)
 
-    print(f"\n{format_scores(scores)}\n\n{summarize(newest)}\n")
+    print(f"\n{format_scores(scores)}\n\n{summarize(newest)}\n\n{notice}\n\n{summarize(shipped)}\n")
     for path in (args.output_dir / "model", *paths):
         print(f"wrote {path}")
 

@@ -103,7 +103,7 @@ def uneven(tmp_path_factory) -> Path:
 def exact(tmp_path_factory) -> Path:
     """The tiny network without what depends on how a batch is parted: dropout, and the balance of its experts."""
     fields = json.loads((RECIPE / "config.json").read_text())
-    fields |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "router_aux_loss_coef": 0.0}
+    fields |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "input_noise": 0.0, "router_aux_loss_coef": 0.0}
     path = tmp_path_factory.mktemp("exact") / "config.json"
     path.write_text(json.dumps(fields))
     return path

@@ -60,13 +60,13 @@ def test_only_members_of_the_pairs_are_measured(language_model, market):
 
 
 def test_a_temperature_mends_what_is_too_sure(language_model, data):
-    """Logits thrice as large are mended by a temperature thrice as high, and are then those of the model before."""
+    """Logits ten times as large are mended by a temperature ten times as high, and are then those of the model before."""
     tokenizer, plain = SpaceExploreTokenizer(), SpaceExploreForCausalLM.from_pretrained(language_model)
     sure = SpaceExploreForCausalLM.from_pretrained(language_model)
-    sure.lm_head.weight = torch.nn.Parameter(3 * sure.lm_head.weight)  # no longer tied
+    sure.lm_head.weight = torch.nn.Parameter(10 * sure.lm_head.weight)  # no longer tied
     alone = measure({BEFORE: plain}, tokenizer, data, 20)
     mended = measure({BEFORE: sure, ALIGNED: plain}, tokenizer, data, 20)
-    assert mended.temperature == pytest.approx(3 * alone.temperature, rel=1e-3)
+    assert mended.temperature == pytest.approx(10 * alone.temperature, rel=1e-3)
     means = {name: table[LIKELIHOOD].mean() for name, table in mended.scores.items()}
     assert list(means) == [BEFORE, RECALIBRATED, ALIGNED]
     assert means[RECALIBRATED] > means[BEFORE] + 0.01

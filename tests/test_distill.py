@@ -217,7 +217,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, uneven, te
 
 def test_the_loss_is_the_sum_of_its_parts(tmp_path, uneven, teachers):
     """Means over labels; the balance of the experts keeps its whole weight."""
-    fields = json.loads((RECIPE / "config.json").read_text()) | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    fields = json.loads((RECIPE / "config.json").read_text()) | {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "input_noise": 0.0,
+    }
     (tmp_path / "student.json").write_text(json.dumps(fields | {"router_aux_loss_coef": 0.5}))
     options = ("--alpha", "0.7", "--hidden_weight", "0.3", "--model_config", str(tmp_path / "student.json"))
     trainer = prepared(tmp_path, uneven, teachers["regression"], *options)

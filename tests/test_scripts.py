@@ -239,11 +239,14 @@ def test_evaluate_refuses_a_forecast_that_knows_the_future(tmp_path, checkpoint,
 def test_quickstart_writes_all_it_names(tmp_path, market, capsys):
     run = ["--prices", str(market), "--tickers", "T0,T1", "--num-train-epochs", "1"]
     quickstart.main([*run, "--output-dir", str(tmp_path)])
-    names = {"model", "report.html", "forecasts.parquet", "metrics.json", "forecast.png", "predicted_vs_actual.png"}
+    names = {"model", "report.html", "forecasts.parquet", "metrics.json", "forecast.png", "forecast_shipped.png"}
+    names |= {"predicted_vs_actual.png"}
     assert {path.name for path in tmp_path.iterdir()} == names | {"report.md", "report.json", "report_files"}
     assert set(pd.read_parquet(tmp_path / "forecasts.parquet")["ticker"]) == {"T0", "T1"}
     shown = capsys.readouterr().out
     assert all(f"wrote {tmp_path / name}" in shown for name in names)
+    assert "shipped 27M network was trained on days to" in shown
+    assert "see its form, not its skill" in (tmp_path / "report.md").read_text(encoding="utf-8")
     load_checkpoint(tmp_path / "model")
 
 
