@@ -2,7 +2,7 @@
 
     python app.py [--model DIR_OR_REPO] [--host 127.0.0.1] [--port 7860]
 
-Without --model it is the environment's SPACEEXPLORE_MODEL, or what `make quickstart` has trained. English and Chinese;
+Without --model it is the environment's SPACEEXPLORE_MODEL, or the one that lies beside this file. English and Chinese;
 once the checkpoint is there it needs no network, and the page asks nobody but this server for anything.
 """
 
@@ -35,7 +35,7 @@ from spaceexploreai.scripts.forecast import forecast_newest
 from spaceexploreai.scripts.forecasters import head_name, load_pipeline
 from spaceexploreai.train.arguments import bare_parser, command
 
-QUICKSTART = Path("outputs/quickstart/model")
+SHIPPED = Path(__file__).resolve().parent
 HEADS = [one.__name__ for one in (SpaceExploreForRegression, SpaceExploreForCausalLM)]
 LANGUAGES = [("English", "en"), ("中文", "zh")]
 MAX_BYTES = 5_000_000  # of an upload: 80,000 daily bars
@@ -651,10 +651,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     folder = args.model or os.environ.get("SPACEEXPLORE_MODEL")
-    if not folder and not QUICKSTART.is_dir():
-        raise ValueError(f"no model: give --model or set SPACEEXPLORE_MODEL, or train {QUICKSTART} by make quickstart")
+    if not folder and not (SHIPPED / "config.json").is_file():
+        raise ValueError(f"no model: give --model or set SPACEEXPLORE_MODEL; none lies in {SHIPPED}")
     logging.disable_progress_bar()  # of weights being read
-    demo = build(load(folder or str(QUICKSTART)))
+    demo = build(load(folder or str(SHIPPED)))
     print(f"open http://{args.host}:{args.port} in a browser; Ctrl+C ends it", flush=True)
     serve(demo, args.host, args.port)
 

@@ -60,7 +60,7 @@ def test_only_members_of_the_pairs_are_measured(language_model, market):
 
 
 def test_a_temperature_mends_what_is_too_sure(language_model, data):
-    """Logits ten times as large are mended by a temperature ten times as high, and are then those of the model before."""
+    """Logits ten times as large are mended by a temperature ten times as high, and are then those of before."""
     tokenizer, plain = SpaceExploreTokenizer(), SpaceExploreForCausalLM.from_pretrained(language_model)
     sure = SpaceExploreForCausalLM.from_pretrained(language_model)
     sure.lm_head.weight = torch.nn.Parameter(10 * sure.lm_head.weight)  # no longer tied

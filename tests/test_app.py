@@ -360,9 +360,10 @@ def test_an_upload_is_forecast_and_is_nobody_elses(browser, url):
 # --- the command ---
 
 
-def test_the_command_needs_a_model(refused, monkeypatch):
+def test_the_command_needs_a_model(refused, monkeypatch, tmp_path):
     monkeypatch.delenv("SPACEEXPLORE_MODEL", raising=False)
-    assert "make quickstart" in refused(app.main, [])
+    monkeypatch.setattr(app, "SHIPPED", tmp_path)
+    assert refused(app.main, []).endswith(f"none lies in {tmp_path}")
 
 
 def test_the_model_of_the_environment_is_loaded_and_one_of_classes_refused(refused, monkeypatch, tmp_path_factory):
