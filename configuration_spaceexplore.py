@@ -42,6 +42,12 @@ ATTENTION_TYPES = ("mla", "gqa", "mha")
 INPUT_NORMS = ("dyt", "batch", "rms")
 QUANTILE_FORMS = ("scale", "free")
 WAVELETS = ("haar", "db2", "db4", "sym4")
+_KINDS = {
+    "attention_type": ATTENTION_TYPES,
+    "input_norm": INPUT_NORMS,
+    "quantile_form": QUANTILE_FORMS,
+    "wavelet": WAVELETS,
+}
 
 _SIZES = (
     "num_features",
@@ -97,8 +103,7 @@ class SpaceExploreConfig(PreTrainedConfig):
         Normalisation of the features before they are embedded: `"dyt"` (Dynamic Tanh), `"batch"` (batch normalisation
         over unpadded steps) or `"rms"` (root mean square over the features of a step).
     input_noise (`float`, *optional*, defaults to 0.0):
-        Standard deviation of the normal noise that training adds to the features (Bishop, 1995, Training with Noise is
-        Equivalent to Tikhonov Regularization). The extractor gives them a spread of about one.
+        Standard deviation of the noise that training adds to the features, whose spread is about one (Bishop, 1995).
     attention_type (`str`, *optional*, defaults to `"mla"`):
         `"mla"` (multi-head latent attention), `"gqa"` (grouped-query) or `"mha"` (multi-head attention).
     num_key_value_heads (`int`, *optional*):
@@ -149,8 +154,8 @@ class SpaceExploreConfig(PreTrainedConfig):
     quantile_levels (`list[float]`, *optional*, defaults to 0.05, 0.10, … 0.95):
         Levels of the predicted quantiles, increasing, within (0, 1).
     quantile_form (`str`, *optional*):
-        `"scale"`: the input stretches one learned shape for each horizon; `"free"`: it moves each quantile. By default
-        scale if `target` is a log-return, whose direction is nearly all noise, and a level is not the median.
+        `"scale"`: the input stretches one learned shape for each horizon, the default for log-returns, whose direction
+        is nearly all noise; `"free"`: it moves each quantile.
     mean_loss_weight (`float`, *optional*, defaults to 1.0):
         Weight of the mean squared error of the scaled mean.
     quantile_loss_weight (`float`, *optional*, defaults to 1.0):
@@ -277,8 +282,7 @@ class SpaceExploreConfig(PreTrainedConfig):
             shared = 2 if self.attention_type == "gqa" and self.num_attention_heads > 1 else 1
             self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads // shared
             self.head_dim = self.head_dim or self.hidden_size // max(self.num_attention_heads, 1)
-        has_spread = any(level != 0.5 for level in self.quantile_levels)
-        self.quantile_form = self.quantile_form or ("scale" if self.target == "log_return" and has_spread else "free")
+        self.quantile_form = self.quantile_form or _quantile_form(self.target, self.quantile_levels)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         self.id2label = self.id2label or dict(DIRECTIONS)
         super().__post_init__(**kwargs)
@@ -298,13 +302,7 @@ class SpaceExploreConfig(PreTrainedConfig):
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be within [0, 1], got {getattr(self, name)}")
-        choices = {
-            "attention_type": ATTENTION_TYPES,
-            "input_norm": INPUT_NORMS,
-            "quantile_form": QUANTILE_FORMS,
-            "wavelet": WAVELETS,
-        }
-        for name, known in choices.items():
+        for name, known in _KINDS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
@@ -377,15 +375,23 @@ class SpaceExploreConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: what is predicted."""
         if not self.horizons or self.horizons[0] < 1 or not _is_increasing(self.horizons):
             raise ValueError(f"horizons must be increasing trading days from 1, got {list(self.horizons)}")
-        levels = self.quantile_levels
-        if not levels or not 0 < levels[0] <= levels[-1] < 1 or not _is_increasing(levels):
-            raise ValueError(f"quantile_levels must be increasing within (0, 1), got {list(levels)}")
-        if self.quantile_form == "scale" and list(levels) == [0.5]:
-            raise ValueError("quantile_form 'scale' leaves nothing to forecast of quantile_levels [0.5]")
+        _check_quantiles(self.quantile_form, list(self.quantile_levels))
         if len(self.id2label) != len(DIRECTIONS):
             raise ValueError(f"a direction is one of {list(DIRECTIONS.values())}, got id2label {self.id2label}")
         if self.vocab_size is not None and not 0 <= self.ts_token_id < self.vocab_size:
             raise ValueError(f"vocab_size must be larger than ts_token_id={self.ts_token_id}, got {self.vocab_size}")
+
+
+def _quantile_form(target: str, levels) -> str:
+    """The default; of a lone median there is nothing to stretch."""
+    return "scale" if target == "log_return" and list(levels) != [0.5] else "free"
+
+
+def _check_quantiles(form: str, levels: list[float]):
+    if not levels or not 0 < levels[0] <= levels[-1] < 1 or not _is_increasing(levels):
+        raise ValueError(f"quantile_levels must be increasing within (0, 1), got {levels}")
+    if form == "scale" and levels == [0.5]:
+        raise ValueError("quantile_form 'scale' leaves nothing to forecast of quantile_levels [0.5]")
 
 
 def _is_increasing(numbers) -> bool:
