@@ -193,7 +193,7 @@ def test_without_weight_the_teacher_teaches_nothing(tmp_path, uneven, teachers, 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_student_comes_near_its_teacher(tmp_path, uneven, teachers, task):
-    steps = ("--max_steps", "24", "--learning_rate", "1e-2", "--per_device_train_batch_size", "16")
+    steps = ("--max_steps", "40", "--learning_rate", "1e-2", "--per_device_train_batch_size", "16")
     distances = [
         logged(trained(tmp_path, uneven, teachers[task], "--task", task, "--alpha", alpha, *steps), "teacher_distance")
         for alpha in ("1", "0")

@@ -52,7 +52,7 @@ def write_recipe(folder) -> str:
 # --- sizes ---
 
 
-HEAD_AND_FEATURES = (HIDDEN + 1) * HORIZONS * (1 + LEVELS) + (FEATURES + 1) * HIDDEN
+HEAD_AND_FEATURES = HORIZONS * (2 * HIDDEN + 1 + LEVELS) + (FEATURES + 1) * HIDDEN
 NORMS = LAYERS * 2 * HIDDEN + HIDDEN
 
 

@@ -160,8 +160,11 @@ def test_a_planted_signal_is_found_out_of_sample(tmp_path):
     """Returns with autocorrelation 0.6: 36 % of the next day's variance can be known."""
     prices = make_market(tickers=4, days=1500, momentum=0.6)
     write_table(prices, tmp_path / "market.parquet")
+    fields = {"quantile_form": "free", "mean_loss_weight": 1.0, "input_noise": 0.0}  # as for what has a direction
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((RECIPE / "config.json").read_text()) | fields))
     options = ("--prices", str(tmp_path / "market.parquet"), "--max_steps", "60", "--learning_rate", "2e-3")
-    trainer = train(parse_run(tiny_run(tmp_path, *options)))
+    network = ("--model_config", str(tmp_path / "config.json"))
+    trainer = train(parse_run([*tiny_run(tmp_path, *options), *network]))
     model, extractor = trainer.model.eval(), trainer.processing_class
     forecasts = forecast_range(model, extractor, prices, scored_range(model.config, prices, None, None))
     scores = score(forecasts).set_index(["horizon", "metric"])
