@@ -808,14 +808,13 @@ class SpaceExploreQuantileHead(nn.Linear):
     """
 
     def __init__(self, config: SpaceExploreConfig):
-        below, above = (sum(side) for side in zip(*((p < 0.5, p > 0.5) for p in config.quantile_levels), strict=True))
-        self.is_free = config.quantile_form == "free"
-        outputs = 1 + below + above if self.is_free else 1
-        super().__init__(config.hidden_size, len(config.horizons) * outputs, bias=False)
-        self.bias = nn.Parameter(torch.empty(len(config.horizons) * (1 + below + above)))
-        self.below, self.above = below, above
-        self.levels = config.quantile_levels
-        self.num_horizons = len(config.horizons)
+        levels, horizons, is_free = config.quantile_levels, len(config.horizons), config.quantile_form == "free"
+        below, above = sum(level < 0.5 for level in levels), sum(level > 0.5 for level in levels)
+        numbers = 1 + below + above  # the centre, and a step for each level on either side
+        super().__init__(config.hidden_size, horizons * (numbers if is_free else 1), bias=False)
+        self.bias = nn.Parameter(torch.empty(horizons * numbers))
+        self.below, self.above, self.levels = below, above, levels
+        self.num_horizons, self.is_free = horizons, is_free
 
     def bias_for(self, centre: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
         """Bias at which the head without weights gives these (H, Q) quantiles around an (H,) centre, which is the

@@ -26,6 +26,7 @@ memory.mallopt = lambda *_: None  # a test that trains would hide from another, 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
+STILL = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "input_noise": 0.0}  # nothing random in a step
 
 
 def make_market(tickers: int = 3, days: int = 400, seed: int = 0, momentum: float = 0.0) -> pd.DataFrame:
@@ -103,7 +104,7 @@ def uneven(tmp_path_factory) -> Path:
 def exact(tmp_path_factory) -> Path:
     """The tiny network without what depends on how a batch is parted: dropout, and the balance of its experts."""
     fields = json.loads((RECIPE / "config.json").read_text())
-    fields |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "input_noise": 0.0, "router_aux_loss_coef": 0.0}
+    fields |= STILL | {"router_aux_loss_coef": 0.0}
     path = tmp_path_factory.mktemp("exact") / "config.json"
     path.write_text(json.dumps(fields))
     return path

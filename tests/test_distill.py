@@ -11,7 +11,7 @@ import distill_workers
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, tiny_run
+from conftest import RECIPE, STILL, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -217,11 +217,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, uneven, te
 
 def test_the_loss_is_the_sum_of_its_parts(tmp_path, uneven, teachers):
     """Means over labels; the balance of the experts keeps its whole weight."""
-    fields = json.loads((RECIPE / "config.json").read_text()) | {
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "input_noise": 0.0,
-    }
+    fields = json.loads((RECIPE / "config.json").read_text()) | STILL
     (tmp_path / "student.json").write_text(json.dumps(fields | {"router_aux_loss_coef": 0.5}))
     options = ("--alpha", "0.7", "--hidden_weight", "0.3", "--model_config", str(tmp_path / "student.json"))
     trainer = prepared(tmp_path, uneven, teachers["regression"], *options)

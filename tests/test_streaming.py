@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from conftest import make_market
+from conftest import STILL, make_market
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -145,7 +145,7 @@ def make_trainer(dataset, output: Path, steps: int, **options) -> Trainer:
     set_seed(0)
     recipe = json.loads(stream.RECIPE.read_text(encoding="utf-8"))
     # Without dropout nothing but the windows and their order decides.
-    own = {"num_features": 3, "hidden_dropout": 0.0, "attention_dropout": 0.0, "input_noise": 0.0}
+    own = {"num_features": 3} | STILL
     model = SpaceExploreForRegression(SpaceExploreConfig(**{**recipe, **own}))
     arguments = TrainingArguments(
         output,

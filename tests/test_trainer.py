@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, make_market, tiny_run
+from conftest import RECIPE, STILL, make_market, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -134,11 +134,7 @@ def test_accumulated_batches_are_the_large_batch(tmp_path, task):
     halt = (prices["ticker"] == "T1") & prices["date"].isin(prices["date"].unique()[100:130])
     write_table(prices[~(late | halt)], tmp_path / "market.parquet")
     still = ("--task", task, "--hidden_size", "32", "--per_device_train_batch_size")
-    fields = json.loads((RECIPE / "config.json").read_text()) | {
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "input_noise": 0.0,
-    }
+    fields = json.loads((RECIPE / "config.json").read_text()) | STILL
     fields |= {"router_aux_loss_coef": 0.0}  # of a micro-batch by itself, not of the large one
     (tmp_path / "config.json").write_text(json.dumps(fields))
     network = ("--model_config", str(tmp_path / "config.json"))
