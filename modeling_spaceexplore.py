@@ -887,7 +887,7 @@ def typical_move(scale: torch.Tensor | None, labels: torch.Tensor | None, horizo
     """
 )
 class SpaceExploreForRegression(SpaceExplorePreTrainedModel):
-    _tp_plan = {"mean_head": "colwise_gather_output", "quantile_head": "colwise_gather_output"}
+    _tp_plan = {"mean_head": "colwise_gather_output"}  # quantiles are sums over levels: that head stays whole
     _pp_plan = {"mean_head": (["hidden_states"], ["mean"]), "quantile_head": (["hidden_states"], ["quantiles"])}
 
     def __init__(self, config: SpaceExploreConfig):

@@ -28,6 +28,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from spaceexploreai.data import prices, stocks
 from spaceexploreai.data.cleaning import KINDS, CleaningReport, Finding, clean
+from spaceexploreai.data.files import write_atomically
 from spaceexploreai.data.stocks import HISTORY, METADATA_NAME, STAGES, StocksConfig
 from spaceexploreai.data.windows import DateRange
 from spaceexploreai.feature_extraction_spaceexplore import (
@@ -309,7 +310,7 @@ def table_of(stage: str, rows: dict, config: StocksConfig, extractor: SpaceExplo
 def write_file(table: pa.Table, folder: Path, split: str, number: int, count: int) -> None:
     """Writes one of the files of a split."""
     write = partial(pq.write_table, table, row_group_size=stocks.rows_per_batch(folder.name), compression="zstd")
-    prices.write_atomically(folder / f"{split}-{number:05d}-of-{count:05d}.parquet", write)
+    write_atomically(folder / f"{split}-{number:05d}-of-{count:05d}.parquet", write)
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------

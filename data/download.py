@@ -32,7 +32,8 @@ from tqdm import tqdm
 from yfinance.data import YfData
 from yfinance.exceptions import YFTickerMissingError
 
-from spaceexploreai.data.prices import adjust, parse_tickers, read_prices, write_atomically, write_table
+from spaceexploreai.data.files import write_atomically
+from spaceexploreai.data.prices import adjust, parse_tickers, read_prices, write_table
 from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, parse_dates, validate_prices
 
 UNIVERSES_PATH = Path(__file__).parent / "universes.json"

@@ -2,9 +2,7 @@
 
 import os
 import re
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from spaceexploreai.data.files import check_suffix, write_atomically
 from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, parse_dates, validate_prices
 
 SAMPLE_PATH = Path(__file__).parent / "sample" / "stocks.csv.gz"
@@ -308,31 +307,3 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike) -> None:
     check_suffix(path, ".parquet", ".csv")
     write = frame.to_parquet if Path(path).suffix == ".parquet" else frame.to_csv
     write_atomically(path, partial(write, index=False))
-
-
-def check_suffix(path: str | os.PathLike, *suffixes: str) -> None:
-    """Refuses a target of another kind; for command lines, before the work that would fill it."""
-    if Path(path).suffix not in suffixes:
-        raise ValueError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a path of the same suffix beside `path` and moves the result there: whole or not at all.
-
-    Missing folders are created.
-
-    Raises:
-        OSError: the target cannot be written.
-    """
-    path = Path(path)
-    # In the target's own folder: os.replace is atomic only within a file system.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # of a folder that is none; the reason has been given
-            temporary.unlink()

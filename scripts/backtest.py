@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 from spaceexploreai.data.cleaning import load_prices
-from spaceexploreai.data.prices import parse_tickers, write_atomically, write_table
+from spaceexploreai.data.files import write_atomically
+from spaceexploreai.data.prices import parse_tickers, write_table
 from spaceexploreai.evaluation.backtest import OUTCOMES, SIDES, SIGNALS, Costs, Ledger, backtest
 from spaceexploreai.evaluation.baselines import require_columns
 from spaceexploreai.evaluation.performance import deflated_sharpe, format_tear_sheet, returns_of, tear_sheet

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.prices import write_atomically
+from spaceexploreai.data.files import write_atomically
 from spaceexploreai.data.windows import IGNORE_INDEX
 from spaceexploreai.evaluation.ltsf import (
     BENCHMARKS,

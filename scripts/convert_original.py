@@ -9,17 +9,14 @@ what the weights are good for: to compare with, and not to forecast.
 """
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from spaceexploreai.data.files import check_new_folder, new_folder
 from spaceexploreai.legacy_spaceexplore import (
     FEATURES,
     LEAK,
@@ -262,24 +259,6 @@ def write_card(config: LegacySpaceExploreConfig, parameters: int, checkpoint: Pa
     )
 
 
-def check_output(folder: Path) -> None:
-    """Before the work that would fill it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another --output-dir")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that becomes `folder` if the block succeeds; else there is none."""
-    folder = Path(os.path.abspath(folder))  # "." has no name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary, folder.name)
-        whole.mkdir()
-        yield whole
-        os.replace(whole, folder)
-
-
 def convert(
     checkpoint: Path,
     folder: Path,
@@ -288,7 +267,7 @@ def convert(
     attention_scale_factor: float = 1.0,
 ) -> LegacySpaceExploreModel:
     """Writes weights, configuration, code and model card of a checkpoint: all of it or nothing."""
-    check_output(folder)
+    check_new_folder(folder)
     tensors = read_checkpoint(checkpoint)
     model = build_model(tensors, infer_config(tensors, num_experts_per_tok, rope_theta, attention_scale_factor))
     with new_folder(folder) as whole:

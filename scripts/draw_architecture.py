@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.data.prices import write_atomically
+from spaceexploreai.data.files import write_atomically
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.t2t_spaceexplore import WORDS
 from spaceexploreai.train.arguments import bare_parser, command

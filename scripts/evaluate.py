@@ -22,7 +22,8 @@ import pandas as pd
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
+from spaceexploreai.data.files import check_suffix, write_atomically
+from spaceexploreai.data.prices import write_table
 from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, forecast_windows, make_labels
 from spaceexploreai.evaluation.baselines import Training, add_baselines
 from spaceexploreai.evaluation.internals import expert_load, words_of

@@ -25,13 +25,13 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from spaceexploreai.data.collators import collate_windows
+from spaceexploreai.data.files import check_new_folder, new_folder
 from spaceexploreai.data.prices import read_sample
 from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, supervised_windows
 from spaceexploreai.evaluation.classes import classes, log_losses
 from spaceexploreai.evaluation.metrics import crps
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForClassification, SpaceExploreForRegression
-from spaceexploreai.scripts.convert_original import check_output, new_folder
 from spaceexploreai.scripts.forecasters import load_forecaster
 from spaceexploreai.train.arguments import bare_parser, command
 from spaceexploreai.train.sampling import ModelPaths
@@ -315,7 +315,7 @@ def export(
     model: Network, extractor: SpaceExploreFeatureExtractor, folder: Path, formats: list[str], int8: bool = False
 ) -> dict[str, dict]:
     """Writes the graphs and what goes with them, all of it or nothing, and returns what `measure` found."""
-    check_output(folder)
+    check_new_folder(folder)
     with new_folder(folder) as whole, quiet():
         if "onnx" in formats:
             write_onnx(model, whole / ONNX)
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--int8", action="store_true", help="write model_int8.onnx too")
     args = parser.parse_args(argv)
     check_formats(args.format, args.int8)
-    check_output(args.output_dir)
+    check_new_folder(args.output_dir)
     model, extractor = load_network(args.model)
     figures = export(model, extractor, args.output_dir, args.format, args.int8)
     print(f"{format_figures(figures, LOSSES[type(model)])}\n\nwrote {args.output_dir}")

@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 
 from spaceexploreai.data.cleaning import load_prices
-from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
+from spaceexploreai.data.files import check_suffix, write_atomically
+from spaceexploreai.data.prices import write_table
 from spaceexploreai.evaluation.backtest import SIGNALS
 from spaceexploreai.evaluation.exports import fev_task, price_forecasts, qlib_signal
 from spaceexploreai.scripts.backtest import read_forecasts

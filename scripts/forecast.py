@@ -13,7 +13,8 @@ import argparse
 import pandas as pd
 
 from spaceexploreai.data.cleaning import load_prices
-from spaceexploreai.data.prices import check_suffix, write_atomically, write_table
+from spaceexploreai.data.files import check_suffix, write_atomically
+from spaceexploreai.data.prices import write_table
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.classes import CLASSES, probabilities_of
 from spaceexploreai.evaluation.plots import plot_forecast

@@ -28,8 +28,8 @@ from spaceexploreai.scripts.build_dataset import PARQUET_FILES
 from spaceexploreai.scripts.forecasters import head_name
 from spaceexploreai.scripts.hub import check_push, push
 from spaceexploreai.train.arguments import bare_parser, command
+from spaceexploreai.train.report import CARD
 
-CARD = "README.md"
 # Of a checkpoint folder; the folders of a run (checkpoint-200, runs) are of no use to others.
 MODEL_FILES = ("*.json", "*.safetensors", "*_spaceexplore.py", CARD, "*.png", "adapter/*")
 DATASET_FILES = ("*.json", CARD, *PARQUET_FILES)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from spaceexploreai.data.cleaning import read_clean
-from spaceexploreai.data.prices import write_atomically
+from spaceexploreai.data.files import write_atomically
 from spaceexploreai.evaluation.plots import plot_forecast, plot_predicted_vs_actual
 from spaceexploreai.evaluation.report import Picture, Report, pictures_of
 from spaceexploreai.evaluation.scores import format_scores, score

@@ -7,37 +7,33 @@ not written: it is the repository's own.
 """
 
 import json
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from transformers.utils import logging
 
+from spaceexploreai.data.files import files_into
 from spaceexploreai.pipeline_spaceexplore import add_pipeline
 from spaceexploreai.scripts.forecasters import load_whole
 from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.arguments import bare_parser, command
-
-WRITTEN = ("*.json", "*.safetensors")
 
 
 def ship(checkpoint: str, folder: Path) -> list[Path]:
     """Writes what `from_pretrained` reads beside the code, each file whole or not at all."""
     model, extractor, tokenizer = load_whole(checkpoint, "cpu")
     tokenizer = tokenizer or SpaceExploreTokenizer()  # so that it loads from the root, whatever head lies there
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as temporary:
+    with files_into(folder) as temporary:
         add_pipeline(model, temporary)
         model.to(torch.bfloat16).save_pretrained(temporary)
-        config = Path(temporary, "config.json")
+        config = temporary / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         for part in (extractor, tokenizer):
             part.save_pretrained(temporary)
-        files = sorted(path for pattern in WRITTEN for path in Path(temporary).glob(pattern))
-        for path in files:
-            os.replace(path, folder / path.name)
-    return [folder / path.name for path in files]
+        for code in temporary.glob("*.py"):
+            code.unlink()
+        names = sorted(path.name for path in temporary.iterdir())
+    return [folder / name for name in names]
 
 
 @command

@@ -17,12 +17,13 @@ from transformers.utils import logging
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import load_prices
+from spaceexploreai.data.files import check_new_folder, new_folder
 from spaceexploreai.data.windows import DateRange
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
-from spaceexploreai.scripts.convert_original import check_output, new_folder
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecasters import load_checkpoint
 from spaceexploreai.train.arguments import command, make_parser
+from spaceexploreai.train.report import CARD, REPORT
 
 
 def selection_range(config: SpaceExploreConfig) -> DateRange:
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    check_output(args.output_dir)
+    check_new_folder(args.output_dir)
     model, extractor = load_checkpoint(str(args.model))
     within = selection_range(model.config)
     prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
@@ -70,7 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(args.output_dir) as whole:
         shutil.copytree(args.model, whole, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
         model.save_pretrained(whole)
-    print(f"means of {within.start.date()} to {within.end.date()} times {factors}: {args.output_dir}")
+        said = f"means times {factors}, the slopes of {within.start.date()} to {within.end.date()}"
+        for report in filter(Path.is_file, (whole / REPORT, whole / CARD)):
+            with report.open("a", encoding="utf-8") as file:
+                file.write(f"\n## Afterwards\n\n`scripts/shrink_mean.py`: {said}. The tables above are from before.\n")
+    print(f"{said}: {args.output_dir}")
 
 
 if __name__ == "__main__":

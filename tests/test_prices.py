@@ -1,10 +1,9 @@
-"""Price files to the canonical table, adjustment, and atomic writing."""
+"""Price files to the canonical table, adjustment, and the writing of tables."""
 
 import gzip
 import hashlib
 import os
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,11 +14,9 @@ from hypothesis import strategies as st
 from spaceexploreai.data.prices import (
     SAMPLE_PATH,
     adjust,
-    check_suffix,
     parse_tickers,
     read_prices,
     read_sample,
-    write_atomically,
     write_table,
 )
 from spaceexploreai.feature_extraction_spaceexplore import PRICE_COLUMNS, TABLE_COLUMNS, validate_prices
@@ -644,60 +641,6 @@ def test_failed_table_leaves_the_old_file(tmp_path, monkeypatch, name, failure):
     assert path.read_bytes() == old
 
 
-@by_failure
-@pytest.mark.parametrize("half", [b"", b"half a pict"])
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_failed_write_leaves_the_folder_as_it_was(tmp_path, failure, half, old):
-    path = tmp_path / "fan.png"
-    if old is not None:
-        path.write_bytes(old)
-
-    def fail_half_way(temporary):
-        if half:
-            temporary.write_bytes(half)
-        raise failure
-
-    with pytest.raises(type(failure)):
-        write_atomically(path, fail_half_way)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({} if old is None else {"fan.png": old})
-
-
-@pytest.mark.parametrize("name", ["fan.png", "scores.json", "bars.csv.gz"])
-def test_the_temporary_is_beside_the_target_and_of_its_kind(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    Path(name).write_text("old")
-    seen = []
-
-    def write(temporary):
-        seen.append(temporary)
-        assert Path(name).read_text() == "old"
-        temporary.write_text("new")
-
-    for path in (tmp_path / name, str(tmp_path / name), name):
-        Path(name).write_text("old")
-        write_atomically(path, write)
-        assert Path(name).read_text() == "new"
-    assert os.listdir(tmp_path) == [name]
-    assert {temporary.absolute().parent for temporary in seen} == {tmp_path}
-    assert all(temporary.name.endswith(f".{name}") for temporary in seen)  # readers and writers go by the suffix
-    assert len({temporary.name for temporary in seen}) == 3  # two writers at once must not share it
-
-
-def test_a_writer_that_writes_nothing_is_an_error(tmp_path):
-    with pytest.raises(OSError, match=r"^cannot write .*fan\.png: No such file or directory$"):
-        write_atomically(tmp_path / "fan.png", lambda temporary: None)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_writers_error_is_one_line_naming_the_target(tmp_path):
-    def fail(_):
-        raise OSError("image file is truncated")  # no errno, so no strerror
-
-    with pytest.raises(OSError, match=r"^cannot write .*fan\.png: image file is truncated$") as error:
-        write_atomically(tmp_path / "fan.png", fail)
-    assert str(tmp_path / "fan.png") in str(error.value)
-
-
 def test_full_disk_is_one_line_naming_the_target(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -715,13 +658,6 @@ def test_write_makes_folders_and_replaces(tmp_path, suffix):
         write_table(small_table().iloc[:rows], path)
         assert len(read_prices(path)) == rows
     assert os.listdir(path.parent) == [path.name]
-
-
-def test_write_atomically_makes_folders(tmp_path):
-    path = tmp_path / "new" / "folder" / "report.json"
-    write_atomically(path, lambda temporary: temporary.write_text("{}"))
-    assert path.read_text() == "{}"
-    assert os.listdir(path.parent) == ["report.json"]
 
 
 def test_written_file_has_ordinary_permissions(tmp_path):
@@ -743,26 +679,8 @@ def test_unwritable_target(tmp_path, suffix):
     assert os.listdir(tmp_path / f"folder{suffix}") == []
 
 
-def test_a_target_below_a_file_is_refused_before_its_writer_runs(tmp_path):
-    (tmp_path / "file").write_text("")
-    called = []
-    with pytest.raises(OSError, match=r"^cannot write .*: (File exists|Not a directory)$") as error:
-        write_atomically(tmp_path / "file" / "fan.png", called.append)
-    assert str(tmp_path / "file" / "fan.png") in str(error.value)
-    assert called == []
-    assert os.listdir(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize("name", ["table.xlsx", "table", "table.csv.gz", "table.PKL"])
 def test_write_refuses_other_suffixes(tmp_path, name):
     with pytest.raises(ValueError, match=rf"cannot write .*{name}: its name must end in \.parquet or \.csv$"):
         write_table(small_table(), tmp_path / name)
     assert os.listdir(tmp_path) == []
-
-
-def test_check_suffix():
-    check_suffix("folder.csv/fan.png", ".png")
-    check_suffix(Path("table.csv"), ".parquet", ".csv")
-    for path in ("fan.jpg", "fan.PNG", "png", ".png", "fan.png.csv"):
-        with pytest.raises(ValueError, match=rf"^cannot write {path}: its name must end in \.png$"):
-            check_suffix(path, ".png")

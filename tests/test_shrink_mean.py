@@ -1,5 +1,6 @@
 """The mean is multiplied by what the validation dates tell, and nothing else is."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,6 +41,8 @@ def test_what_was_realised_later_or_never_tells_nothing():
 
 
 def test_the_mean_alone_is_shrunk(checkpoint, market, tmp_path, capsys):
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "report.md").write_text("a report\n")
     before, extractor = load_checkpoint(checkpoint)
     prices, within = read_prices(market), selection_range(before.config)
     expected = slopes(forecast_range(before, extractor, prices, within), within)
@@ -52,6 +55,9 @@ def test_the_mean_alone_is_shrunk(checkpoint, market, tmp_path, capsys):
     factors = torch.tensor(list(expected.values()))
     torch.testing.assert_close(other.mean, one.mean * factors)
     torch.testing.assert_close(other.quantiles, one.quantiles)
+    report = (tmp_path / "shrunk" / "report.md").read_text()
+    assert report.startswith("a report\n")
+    assert str(expected) in report.splitlines()[-1]
     assert {path.name for path in checkpoint.iterdir() if path.is_file()} == {
         path.name for path in (tmp_path / "shrunk").iterdir()
     }

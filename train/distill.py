@@ -11,13 +11,11 @@ be smaller in everything else. The output folder is a model repository of the st
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from trl.models import prepare_fsdp
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.data.files import new_folder
 from spaceexploreai.data.stocks import StockData
 from spaceexploreai.data.windows import IGNORE_INDEX
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
@@ -275,17 +274,14 @@ class SoftTargets:
 
 def write_soft_targets(folder: Path, batches: Iterable[dict[str, torch.Tensor]]) -> None:
     """Writes a file for each batch, and which files there are: all of it or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        whole, index = Path(temporary, folder.name), {}
-        whole.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    with new_folder(folder) as whole:
+        index = {}
         for number, batch in enumerate(batches):
             path = whole / f"{number:06d}.safetensors"
             save_file({name: halved(values) for name, values in batch.items()}, path)
             index[path.name] = sha256_of(path)
         (whole / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.replace(whole, folder)
 
 
 def halved(values: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 from transformers import TrainingArguments
 
-from spaceexploreai.data.prices import write_atomically
+from spaceexploreai.data.files import write_atomically
 from spaceexploreai.data.stocks import SeriesStore, StockData
 from spaceexploreai.evaluation.baselines import add_baselines
 from spaceexploreai.evaluation.scores import format_scores, score
@@ -27,7 +27,7 @@ from spaceexploreai.train.lora import merged
 from spaceexploreai.train.tasks import Regression, Task
 from spaceexploreai.train.trainer import SpaceExploreTrainer
 
-REPORT, CURVES = "report.md", "training.png"
+REPORT, CARD, CURVES = "report.md", "README.md", "training.png"
 EXPERTS = {"share of the experts, 1 is balance": ("expert_load_max", "expert_load_min")}
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets")
 # Forecasts that are laid out beside the baselines. Of more, evenly spaced tickers, and all dates: on one of them all
@@ -114,7 +114,7 @@ def write_files(folder: Path, text: str, curves: Figure, model) -> None:
     write_atomically(folder / CURVES, curves.savefig)
     write_atomically(folder / REPORT, lambda path: path.write_text(text, encoding="utf-8"))
     card = f"---\n{yaml.safe_dump(card_head(model), sort_keys=False)}---\n\n{text}"
-    write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    write_atomically(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
 
 
 def card_head(model) -> dict:

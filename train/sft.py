@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traini
 from transformers.trainer_utils import sort_checkpoints
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
+from spaceexploreai.data.files import files_into
 from spaceexploreai.data.stocks import StockData, StocksConfig, build_stocks, open_extractor, open_stocks
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
@@ -282,24 +283,21 @@ def save_checkpoint(trainer: Trainer, folder: str | Path, *beside) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.is_world_process_zero():
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     plain = merged(model)
     if not beside:
         tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(plain, task.head)), None)
         beside = (trainer.processing_class, tokenizer)
     # Not trainer.save_model, which adds a pickle of the arguments.
-    with TemporaryDirectory(dir=folder) as temporary:
+    with files_into(Path(folder)) as temporary:
         add_pipeline(plain, temporary)
         plain.save_pretrained(temporary, state_dict=weights)
         for part in beside:
             if part is not None:
                 part.save_pretrained(temporary)
         if has_adapter(model):
-            model.save_pretrained(Path(temporary, ADAPTER))
+            model.save_pretrained(temporary / ADAPTER)
             shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)
-        for path in Path(temporary).iterdir():
-            os.replace(path, Path(folder, path.name))
 
 
 def train_and_report(run: Run, folder: str | Path) -> None:
