@@ -12,7 +12,6 @@ cuts and writes it. Prices and folder must be where all machines see them, under
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -308,8 +307,13 @@ def table_of(stage: str, rows: dict, config: StocksConfig, extractor: SpaceExplo
 
 
 def write_file(table: pa.Table, folder: Path, split: str, number: int, count: int) -> None:
-    """Writes one of the files of a split."""
-    write = partial(pq.write_table, table, row_group_size=stocks.rows_per_batch(folder.name), compression="zstd")
+    """Writes one of the files of a split, which may have no row."""
+
+    def write(path: Path) -> None:
+        with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+            if len(table):  # a group of no rows is what `datasets` cannot read
+                writer.write_table(table, row_group_size=stocks.rows_per_batch(folder.name))
+
     write_atomically(folder / f"{split}-{number:05d}-of-{count:05d}.parquet", write)
 
 

@@ -9,6 +9,7 @@ import dask
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_market
@@ -193,6 +194,16 @@ def test_reports_of_parts_are_the_report_of_the_whole(market, tmp_path):
 
 
 # --- failure ---
+
+
+def test_a_file_without_rows_is_read(tmp_path):
+    """Of tickers none of which is in the universe of the pairs, for instance."""
+    table = pa.table({"ticker": ["AAA", "BBB"], "margin": [0.5, 0.6]})
+    for number, rows in enumerate((0, 2, 0)):
+        cluster.write_file(table[:rows], tmp_path / "dpo", "train", number, 3)
+    files = sorted(map(str, (tmp_path / "dpo").iterdir()))
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=tmp_path / "cache")
+    assert dataset.to_dict() == table.to_pydict()
 
 
 def test_results_come_in_the_order_of_the_jobs(threads):
