@@ -14,7 +14,15 @@ from fastapi.testclient import TestClient
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForTimeSeriesPrediction, AutoTokenizer, pipeline
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTimeSeriesPrediction,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import read_sample
@@ -161,3 +169,57 @@ def test_server_forecasts_the_same(prices, expected):
 def test_hidden_states_and_tokens_come_from_the_root():
     assert AutoModel.from_pretrained(ROOT, trust_remote_code=True).config.hidden_size == 256
     assert len(AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)) == 261
+
+
+# --- the small ones beside it ---
+
+SMALL = {
+    "5m-student": AutoModelForTimeSeriesPrediction,
+    "5m-clm": AutoModelForCausalLM,
+    "5m-clm-nasdaq100": AutoModelForCausalLM,
+}
+by_name = pytest.mark.parametrize("name", SMALL)
+
+
+@by_name
+def test_a_small_one_loads_with_the_code_of_the_root(name):
+    folder = f"checkpoints/{name}"
+    model, info = SMALL[name].from_pretrained(ROOT, subfolder=folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    assert 4.5e6 < model.num_parameters() < 5.5e6
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert (ROOT / folder / "model.safetensors").stat().st_size <= 11e6
+    written = json.loads((ROOT / folder / "config.json").read_text())
+    recipe = json.loads((ROOT / "recipes" / "5m" / "config.json").read_text())
+    assert {key: written[key] for key in recipe} == recipe
+
+
+@by_name
+def test_a_small_one_saw_no_other_days_and_columns(name, config):
+    """The root's extractor is what `pipeline` reads, and the card's dates are of all."""
+    folder = ROOT / "checkpoints" / name
+    assert (folder / "preprocessor_config.json").read_text() == (ROOT / "preprocessor_config.json").read_text()
+    own = SpaceExploreConfig.from_pretrained(folder)
+    assert (own.train_cutoff, own.selection_cutoff) == (config.train_cutoff, config.selection_cutoff)
+
+
+@by_name
+def test_pipeline_of_a_small_one(name, prices):
+    own = load_pipeline(str(ROOT / "checkpoints" / name), "cpu")
+    pipe = pipeline(
+        "time-series-forecasting",
+        model=str(ROOT),
+        model_kwargs={"subfolder": f"checkpoints/{name}"},
+        trust_remote_code=True,
+    )
+    one, other = pipe(prices, unit="log_return", seed=0), own(prices, unit="log_return", seed=0)
+    pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_aligned_one_has_other_weights_and_draws_from_all_bins():
+    clm, aligned = (load_file(ROOT / "checkpoints" / name / "model.safetensors") for name in list(SMALL)[1:])
+    assert clm.keys() == aligned.keys()
+    assert not torch.equal(clm["lm_head.weight"], aligned["lm_head.weight"])
+    for name in list(SMALL)[1:]:
+        sampling = GenerationConfig.from_pretrained(ROOT / "checkpoints" / name)
+        assert (sampling.do_sample, sampling.top_k) == (True, 0)
