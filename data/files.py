@@ -43,14 +43,16 @@ def check_new_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that becomes `folder` if the block succeeds; else there is none."""
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder that becomes `folder`, instead of what was there, if the block succeeds; else nothing has changed."""
     folder = Path(os.path.abspath(folder))  # "." has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary, folder.name)
         whole.mkdir()
         yield whole
+        if folder.exists():
+            os.replace(folder, Path(temporary, f"former-{folder.name}"))
         os.replace(whole, folder)
 
 

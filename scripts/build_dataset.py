@@ -13,12 +13,8 @@ the workers of a Dask cluster, a few tickers at a time, without that cache: see 
 import argparse
 import hashlib
 import json
-import os
-import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +26,7 @@ from datasets import Dataset
 from spaceexploreai.data.cleaning import CleaningReport
 from spaceexploreai.data.cluster import build_folder, connect, write_file
 from spaceexploreai.data.download import universe_tickers
+from spaceexploreai.data.files import whole_folder
 from spaceexploreai.data.stocks import (
     HISTORY,
     METADATA_NAME,
@@ -191,6 +188,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], config: StocksConfi
         licence: sentence about that of the prices.
     """
     licence = licence or (SAMPLE_LICENCE if config.prices is None else UNKNOWN_LICENCE)
+    check_folder(folder)
     with whole_folder(folder) as temporary:
         fill(temporary)
         metadata = {**read_metadata(temporary), "fingerprint": fingerprint_of(temporary)}
@@ -233,24 +231,6 @@ def fingerprint_of(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place if the block succeeds; else nothing has changed."""
-    check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    marker = uuid.uuid4().hex
-    temporary, former = (folder.with_name(f".{marker}.{which}.{folder.name}") for which in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            os.replace(folder, former)
-        os.replace(temporary, folder)
-    finally:
-        for leftover in (temporary, former):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_folder(folder: Path) -> None:

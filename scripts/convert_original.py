@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from spaceexploreai.data.files import check_new_folder, new_folder
+from spaceexploreai.data.files import check_new_folder, whole_folder
 from spaceexploreai.legacy_spaceexplore import (
     FEATURES,
     LEAK,
@@ -270,7 +270,7 @@ def convert(
     check_new_folder(folder)
     tensors = read_checkpoint(checkpoint)
     model = build_model(tensors, infer_config(tensors, num_experts_per_tok, rope_theta, attention_scale_factor))
-    with new_folder(folder) as whole:
+    with whole_folder(folder) as whole:
         model.save_pretrained(whole)
         card = write_card(model.config, model.num_parameters(), checkpoint)
         (whole / "README.md").write_text(card, encoding="utf-8")

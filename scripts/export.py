@@ -25,7 +25,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from spaceexploreai.data.collators import collate_windows
-from spaceexploreai.data.files import check_new_folder, new_folder
+from spaceexploreai.data.files import check_new_folder, whole_folder
 from spaceexploreai.data.prices import read_sample
 from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, supervised_windows
 from spaceexploreai.evaluation.classes import classes, log_losses
@@ -316,7 +316,7 @@ def export(
 ) -> dict[str, dict]:
     """Writes the graphs and what goes with them, all of it or nothing, and returns what `measure` found."""
     check_new_folder(folder)
-    with new_folder(folder) as whole, quiet():
+    with whole_folder(folder) as whole, quiet():
         if "onnx" in formats:
             write_onnx(model, whole / ONNX)
         if int8:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import load_prices
-from spaceexploreai.data.files import check_new_folder, new_folder
+from spaceexploreai.data.files import check_new_folder, whole_folder
 from spaceexploreai.data.windows import DateRange
 from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression
 from spaceexploreai.scripts.evaluate import forecast_range
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
     factors = slopes(forecast_range(model, extractor, prices, within, stride=args.stride), within)
     shrink(model, factors)
-    with new_folder(args.output_dir) as whole:
+    with whole_folder(args.output_dir) as whole:
         shutil.copytree(args.model, whole, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
         model.save_pretrained(whole)
         said = f"means times {factors}, the slopes of {within.start.date()} to {within.end.date()}"

@@ -27,6 +27,8 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 torch.set_num_threads(1)  # two test processes on two cores
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
 STILL = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "input_noise": 0.0}  # nothing random in a step
+FAILURES = [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("cannot convert")]
+by_failure = pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 
 
 def make_market(tickers: int = 3, days: int = 400, seed: int = 0, momentum: float = 0.0) -> pd.DataFrame:

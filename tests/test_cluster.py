@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from spaceexploreai.data import cluster, stocks
 from spaceexploreai.data.cleaning import clean
+from spaceexploreai.data.files import whole_folder
 from spaceexploreai.data.prices import write_table
 from spaceexploreai.data.stocks import StocksConfig
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
@@ -277,7 +278,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(yahoo, columns, threads, 
     config = StocksConfig(prices=str(yahoo), extractor=str(columns))
     with (
         pytest.raises(OSError, match=r"^T4 to T6: disk full"),
-        build_dataset.whole_folder(tmp_path / "out") as folder,
+        whole_folder(tmp_path / "out") as folder,
     ):
         cluster.build_folder(threads, config, ("dpo",), folder, tickers_per_file=3)
     assert "history-00000-of-00003.parquet" in written

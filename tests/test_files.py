@@ -4,12 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import by_failure
 
-from spaceexploreai.data.files import check_new_folder, check_suffix, files_into, new_folder, write_atomically
-
-FAILURES = [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("cannot convert")]
-by_failure = pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
-
+from spaceexploreai.data.files import check_new_folder, check_suffix, files_into, whole_folder, write_atomically
 
 # --- one file ---
 
@@ -96,11 +93,17 @@ def test_check_suffix():
 # --- a folder ---
 
 
+def fail_within(context, name: str, failure: BaseException) -> None:
+    with context as folder:
+        (folder / name).write_text("half")
+        raise failure
+
+
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_new_folder_is_there_when_it_is_whole(tmp_path, monkeypatch, relative):
+def test_a_whole_folder_is_there_when_it_is_whole(tmp_path, monkeypatch, relative):
     monkeypatch.chdir(tmp_path)
     folder = Path("made", "folder") if relative else tmp_path / "made" / "folder"
-    with new_folder(folder) as whole:
+    with whole_folder(folder) as whole:
         (whole / "inner").mkdir()
         (whole / "inner" / "file").write_text("text")
         assert not folder.exists()
@@ -108,21 +111,34 @@ def test_a_new_folder_is_there_when_it_is_whole(tmp_path, monkeypatch, relative)
     assert os.listdir(folder.parent) == ["folder"]
 
 
-def test_a_new_folder_may_be_the_empty_one_one_is_in(tmp_path, monkeypatch):
+def test_a_whole_folder_may_be_the_empty_one_one_is_in(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with new_folder(Path(".")) as whole:
+    with whole_folder(Path(".")) as whole:
         (whole / "file").touch()
     assert os.listdir(tmp_path / "here") == ["file"]
 
 
 @by_failure
 def test_a_failed_folder_is_none(tmp_path, failure):
-    context = new_folder(tmp_path / "folder")
-    (context.__enter__() / "file").touch()
     with pytest.raises(type(failure)):
-        context.__exit__(type(failure), failure, None)
+        fail_within(whole_folder(tmp_path / "folder"), "file", failure)
     assert os.listdir(tmp_path) == []
+
+
+@by_failure
+def test_a_former_folder_is_replaced_whole_or_stays(tmp_path, failure):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(type(failure)):
+        fail_within(whole_folder(folder), "new", failure)
+    assert os.listdir(folder) == ["old"]
+    with whole_folder(folder) as whole:
+        (whole / "new").touch()
+        assert os.listdir(folder) == ["old"]
+    assert os.listdir(folder) == ["new"]
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_files_take_the_place_of_their_namesakes_alone(tmp_path):
@@ -141,10 +157,8 @@ def test_files_take_the_place_of_their_namesakes_alone(tmp_path):
 @by_failure
 def test_files_of_a_failure_are_left_out(tmp_path, failure):
     (tmp_path / "one").write_text("1")
-    context = files_into(tmp_path)
-    (context.__enter__() / "one").write_text("half")
     with pytest.raises(type(failure)):
-        context.__exit__(type(failure), failure, None)
+        fail_within(files_into(tmp_path), "one", failure)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one": "1"}
 
 

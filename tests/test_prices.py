@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import by_failure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -616,10 +617,6 @@ def test_a_ticker_does_not_split_into_the_next():
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-FAILURES = [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("cannot convert")]
-by_failure = pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 
 
 @by_failure

@@ -11,7 +11,6 @@ be smaller in everything else. The output folder is a model repository of the st
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from trl.models import prepare_fsdp
 
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
-from spaceexploreai.data.files import new_folder
+from spaceexploreai.data.files import whole_folder
 from spaceexploreai.data.stocks import StockData
 from spaceexploreai.data.windows import IGNORE_INDEX
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
@@ -274,8 +273,7 @@ class SoftTargets:
 
 def write_soft_targets(folder: Path, batches: Iterable[dict[str, torch.Tensor]]) -> None:
     """Writes a file for each batch, and which files there are: all of it or nothing."""
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    with new_folder(folder) as whole:
+    with whole_folder(folder) as whole:
         index = {}
         for number, batch in enumerate(batches):
             path = whole / f"{number:06d}.safetensors"
