@@ -520,16 +520,21 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
         return self.config.output_router_logits or (labels is not None and self.training)
 
     def load_balancing_loss(self, outputs: ModelOutput, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over unpadded steps; `None` without a router."""
+        """
+        Switch Transformer's (arXiv 2101.03961, equations 4 to 6), over unpadded steps, as a mean over layers; `None`
+        without a router.
+        """
         if not outputs.router_logits:
             return None
         if attention_mask is not None:
             # That of a cache is longer; a 4D one, of a static cache, does not say which steps are padded: all count.
             steps = outputs.last_hidden_state.shape[1]
             attention_mask = attention_mask[:, -steps:] if attention_mask.ndim == 2 else None
-        return load_balancing_loss_func(
-            outputs.router_logits, self.config.n_routed_experts, self.config.num_experts_per_tok, attention_mask
-        )
+        # Layer by layer: given all, the function counts an expert's choices in one sum over the layers, which is even
+        # where each layer has favourites of its own.
+        sizes = (self.config.n_routed_experts, self.config.num_experts_per_tok)
+        losses = [load_balancing_loss_func((layer,), *sizes, attention_mask) for layer in outputs.router_logits]
+        return torch.stack(losses).mean()
 
     def average_loss(
         self,

@@ -48,7 +48,8 @@ def add_baselines(
     `naive_error`, the mean size of the ticker's daily log-returns so far, by which MASE divides.
 
     A row sees its ticker's bars up to its cutoff. Of the fast ones only "ewma" fits anything: the standardised returns
-    pooled over the tickers of `prices` that were known at the first cutoff of the table.
+    pooled over the tickers of `prices` that were known at the first cutoff of the table, or of the fold if the table
+    has a column `fold`.
 
     - zero: the naive method. Hyndman & Athanasopoulos, FPP3, sections 5.2 and 5.5: Gaussian around 0 with
       sd = s·sqrt(h), s the root mean square of all daily log-returns so far; p_up is 0.5.
@@ -81,10 +82,13 @@ def add_baselines(
     if baselines not in ("ewma", "fast", "all"):
         raise ValueError(f"baselines must be ewma, fast or all, got {baselines!r}")
     require_columns(forecasts, ["ticker", "cutoff", "horizon"])
-    naive = _fast(forecasts, prices, ("ewma",) if baselines == "ewma" else BASELINES)
+    names = ("ewma",) if baselines == "ewma" else BASELINES
+    rows = forecasts.reset_index(drop=True)
+    folds = [fold for _, fold in rows.groupby("fold")] if "fold" in rows else [rows]
+    naive = pd.concat([_fast(fold, prices, names) for fold in folds]).sort_index()
     if baselines == "all":
-        fitted = _fitted(forecasts, prices, naive, training)
-        naive = pd.concat([naive, *fitted], axis=1)
+        naive = pd.concat([naive, *_fitted(rows, prices, naive, training)], axis=1)
+    naive.index = forecasts.index
     return pd.concat([forecasts.drop(columns=naive.columns, errors="ignore"), naive], axis=1)
 
 
@@ -113,10 +117,9 @@ def _fitted(
     from spaceexploreai.evaluation.fitted import forecast_learned
     from spaceexploreai.evaluation.garch import forecast_garch
 
-    rows = forecasts.reset_index(drop=True)
-    found = {"garch": forecast_garch(rows, prices, training.end, naive.filter(regex="^ewma_").set_axis(rows.index))}
-    found |= forecast_learned(rows, training, FITTED[1:])
-    return [table.add_prefix(f"{name}_").set_axis(forecasts.index) for name, table in found.items()]
+    found = {"garch": forecast_garch(forecasts, prices, training.end, naive.filter(regex="^ewma_"))}
+    found |= forecast_learned(forecasts, training, FITTED[1:])
+    return [table.add_prefix(f"{name}_") for name, table in found.items()]
 
 
 def require_package(*names: str) -> None:

@@ -12,7 +12,7 @@ another future, and stops if one changes.
 
 import argparse
 import json
-from functools import partial
+from collections.abc import Sequence
 from operator import methodcaller
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from spaceexploreai.evaluation.internals import expert_load, words_of
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.report import Report, example_of, pictures_of, report_files
 from spaceexploreai.evaluation.scores import add_outcomes, format_scores, score_by, score_table
-from spaceexploreai.evaluation.walk_forward import join_folds, plan_folds
+from spaceexploreai.evaluation.walk_forward import plan_folds
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor, parse_date
 from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
 from spaceexploreai.train.arguments import command, make_parser
@@ -76,6 +76,7 @@ def forecast_range(
     baselines: str = "fast",
     stride: int | None = None,
     series: list[EncodedSeries] | None = None,
+    blocks: Sequence[DateRange] = (),
 ) -> pd.DataFrame:
     """Forecast table of every ticker and trading day of the range, with outcomes, where known, and baselines.
 
@@ -83,11 +84,14 @@ def forecast_range(
         baselines: "fast" or "all", see `add_baselines`.
         stride: days forecast from one window, see `forecast_between`.
         series: the prices encoded, if they are already.
+        blocks: of the range, each with baselines that know what came before it; their number is the column `fold`.
     """
     series = extractor.encode(prices) if series is None else series
-    table = forecast_between(model, extractor, series, within, stride)
+    table = add_outcomes(forecast_between(model, extractor, series, within, stride), prices)
+    if blocks:
+        table["fold"] = np.searchsorted([block.start for block in blocks], table["cutoff"], side="right")
     training = training_of(model.config, extractor, prices, series) if baselines == "all" else None
-    return add_baselines(add_outcomes(table, prices), prices, baselines, training)
+    return add_baselines(table, prices, baselines, training)
 
 
 def blocks_of(
@@ -232,7 +236,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--walk-forward",
         type=int,
         metavar="SESSIONS",
-        help="block after block, each with baselines of its own, and by block; scripts/walk_forward.py trains anew",
+        help="by blocks, beside naive baselines that know what came before each; scripts/walk_forward.py trains anew",
     )
     parser.add_argument("--by", nargs="*", choices=GROUPS, default=[], help="score each of these by itself too")
     parser.add_argument(
@@ -257,14 +261,11 @@ def main(argv: list[str] | None = None) -> None:
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)
     refuse_leaks(model, extractor, prices, within)
     series = extractor.encode(prices)
-    make = partial(
-        forecast_range, model, extractor, prices, baselines=args.baselines, stride=args.stride, series=series
-    )
-    if args.walk_forward is None:
-        forecasts, by_names = make(within), args.by
-    else:
+    blocks, by_names = (), args.by
+    if args.walk_forward is not None:
         blocks = blocks_of(model.config, extractor.context_length, prices, within, args.walk_forward)
-        forecasts, by_names = join_folds(make(block) for block in blocks), [*args.by, "fold"]
+        by_names = [*by_names, "fold"]
+    forecasts = forecast_range(model, extractor, prices, within, args.baselines, args.stride, series, blocks)
     scores, groups = score_table(forecasts), {by: score_by(forecasts, by) for by in by_names}
     if args.allow_in_sample and model.config.train_cutoff is not None:
         forecasts["in_sample"] = forecasts["cutoff"] <= pd.Timestamp(model.config.train_cutoff)

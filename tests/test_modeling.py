@@ -25,6 +25,7 @@ from transformers import (
     LlamaConfig,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3MLP,
@@ -715,14 +716,29 @@ def test_padded_scale_is_never_divided_by():
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
 
 
+def mixtrals_loss(layers: tuple[torch.Tensor, ...], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Of each layer by itself, on average."""
+    return sum(load_balancing_loss_func((layer,), EXPERTS, 2, mask) for layer in layers) / len(layers)
+
+
 def test_load_balancing_loss_is_mixtrals_over_unpadded_steps():
     model, batch = make_model(), make_batch()
     outputs = model(**batch, output_router_logits=True)
     logits, mask = outputs.router_logits, batch["attention_mask"]
-    assert_close(outputs.aux_loss, load_balancing_loss_func(logits, EXPERTS, 2, mask))
+    assert_close(outputs.aux_loss, mixtrals_loss(logits, mask))
     real = tuple(layer[mask.flatten().bool()] for layer in logits)
-    assert_close(outputs.aux_loss, load_balancing_loss_func(real, EXPERTS, 2))
-    assert not torch.isclose(outputs.aux_loss, load_balancing_loss_func(logits, EXPERTS, 2))
+    assert_close(outputs.aux_loss, mixtrals_loss(real))
+    assert not torch.isclose(outputs.aux_loss, mixtrals_loss(logits))
+
+
+def test_favourites_of_one_layer_do_not_make_up_for_those_of_another():
+    """Each of two layers asks half of the experts alone: together they ask all alike, and neither is in balance."""
+    halves = torch.full((2, 100, EXPERTS), -20.0)
+    halves[0, :, : EXPERTS // 2] = halves[1, :, EXPERTS // 2 :] = 0.0
+    layers = tuple(halves + 1e-3 * torch.rand(halves.shape, generator=torch.Generator().manual_seed(0)))
+    outputs = MoeModelOutputWithPast(last_hidden_state=torch.zeros(1, 100, 4), router_logits=layers)
+    assert load_balancing_loss_func(layers, EXPERTS, 2).item() == pytest.approx(2, rel=1e-3)
+    assert make_model().load_balancing_loss(outputs, None).item() == pytest.approx(4, rel=1e-2)
 
 
 def test_load_balancing_loss_is_part_of_the_training_loss_alone():
