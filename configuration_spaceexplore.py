@@ -287,12 +287,6 @@ class SpaceExploreConfig(PreTrainedConfig):
         self.id2label = self.id2label or dict(DIRECTIONS)
         super().__post_init__(**kwargs)
 
-    @property
-    def context_limit(self) -> int:
-        """Most time steps and tokens together: what positions were made for, times what dynamic scaling stretches."""
-        stretch = self.rope_parameters["factor"] if self.rope_parameters["rope_type"] == "dynamic" else 1
-        return int(self.max_position_embeddings * stretch)
-
     def validate_architecture(self):
         """Part of `@strict`-powered validation; runs at construction and before saving."""
         for names, least in ((_SIZES, 1), (_COUNTS, 0), (_WEIGHTS, 0)):
@@ -305,7 +299,8 @@ class SpaceExploreConfig(PreTrainedConfig):
         for name, known in _KINDS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+        # Not those that turn early steps by how long the longest row of a batch is: by their future, and others'.
+        rope_types = ["default", *(name for name in ROPE_INIT_FUNCTIONS if name not in ("dynamic", "longrope"))]
         if self.rope_parameters["rope_type"] not in rope_types:
             raise ValueError(f"rope_type must be one of {', '.join(rope_types)}, got {self.rope_parameters}")
         if self.rope_parameters.get("partial_rotary_factor", 1) != 1:

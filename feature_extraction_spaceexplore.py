@@ -227,6 +227,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             deviation), `"minmax"` (to [-1, 1]).
         center (`list[float]`, *optional*): (F,) fitted; subtracted.
         spread (`list[float]`, *optional*): (F,) fitted; divided by.
+        fitted_until (`str`, *optional*): last date (YYYY-MM-DD) that both are of.
         clip (`float`, defaults to 5.0): bound of the normalised values, in spreads.
         context_length (`int`, defaults to 64): bars T that `__call__` gives the network.
         calendar (`str`, defaults to `"XNYS"`): exchange_calendars code of the sessions that horizons count.
@@ -240,6 +241,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         normalization: str = "robust",
         center: list[float] | None = None,
         spread: list[float] | None = None,
+        fitted_until: str | None = None,
         clip: float = 5.0,
         context_length: int = 64,
         calendar: str = "XNYS",
@@ -253,6 +255,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         self.normalization = normalization
         self.center = center
         self.spread = spread
+        self.fitted_until = fitted_until
         self.clip = clip
         self.context_length = context_length
         self.calendar = calendar
@@ -288,10 +291,12 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
     def fit(self, features: pd.DataFrame) -> "SpaceExploreFeatureExtractor":
         """Takes the statistics of normalisation from `compute_features` rows, which must be those of the training
         split alone. Undefined values are left out; a column without any spread is only centred."""
-        return self.fit_columns(features[name].to_numpy() for name in self.feature_names)
+        return self.fit_columns((features[name].to_numpy() for name in self.feature_names), features["date"].max())
 
-    def fit_columns(self, columns: Iterable[np.ndarray]) -> "SpaceExploreFeatureExtractor":
-        """As `fit`, one column after the other in the order of `feature_names`."""
+    def fit_columns(
+        self, columns: Iterable[np.ndarray], until: pd.Timestamp | None = None
+    ) -> "SpaceExploreFeatureExtractor":
+        """As `fit`, one column after the other in the order of `feature_names`; `until` is the last date of all."""
         center, spread = [], []
         for name, values in zip(self.feature_names, columns, strict=True):
             if np.isnan(values).all():
@@ -301,6 +306,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             # The standard deviation of a constant is a rounding error, not zero.
             spread.append(float(width) if width > 1e-12 * max(abs(middle), 1.0) else 1.0)
         self.center, self.spread = center, spread
+        self.fitted_until = None if until is None else f"{until:%Y-%m-%d}"
         return self
 
     def encode(self, prices: pd.DataFrame, features: pd.DataFrame | None = None) -> list[EncodedSeries]:
@@ -474,9 +480,10 @@ def cumulative_probability(quantiles: np.ndarray, levels: list[float], value: fl
 
 
 def parse_date(value: str | pd.Timestamp) -> pd.Timestamp:
-    date = pd.to_datetime(value, errors="coerce")
+    """One day, as `parse_dates` reads it."""
+    date = parse_dates(pd.Series([value]))[0]
     if pd.isna(date):
-        raise ValueError(f"{value!r} is not a date")
+        raise ValueError(f"{value!r} is not a date (YYYY-MM-DD)")
     return date
 
 

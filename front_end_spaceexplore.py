@@ -110,7 +110,8 @@ class SpaceExploreValueEmbedding(nn.Module):
         values = torch.where(known, past_values, 0.0).float()
         if self.training and self.input_noise:
             values = torch.where(known, values + self.input_noise * torch.randn_like(values), 0.0)
-        values = torch.where(known, self.input_norm(values, known), 0.0).to(self.value_proj.weight.dtype)
+        # The dtype of the norm's weight, not of the projection's, which may be quantised.
+        values = torch.where(known, self.input_norm(values, known), 0.0).to(self.input_norm.weight.dtype)
         return self.value_proj(values) + self.missing_proj((~known).to(values.dtype))  # (B, T, D)
 
 

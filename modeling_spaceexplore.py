@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -35,7 +36,7 @@ from transformers.integrations import use_experts_implementation, use_kernel_for
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
@@ -43,7 +44,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spaceexplore import SpaceExploreConfig
@@ -106,7 +107,6 @@ class SpaceExploreRotaryEmbedding(nn.Module):
         return inv_freq, 1.0
 
     @torch.no_grad()
-    @dynamic_rope_update  # power user: used with advanced RoPE types (e.g. dynamic rope)
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)  # (B, T, head_dim)
@@ -143,7 +143,8 @@ class SpaceExploreTopkRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.view(-1, self.hidden_dim)  # (B*T, D)
-        router_logits = F.linear(hidden_states.float(), self.weight.float())  # (B*T, E)
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):  # it would round the logits
+            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (B*T, E)
         top_k_weights, top_k_index = router_logits.sigmoid().topk(self.top_k, dim=-1)  # (B*T, K)
         if self.norm_topk_prob:
             top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -467,6 +468,19 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).finish_loading()
         return loaded
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the library's; but a pipeline whose code is not in the folder is not promised by its configuration."""
+        pipelines = vars(self.config).get("custom_pipelines") or {}
+        names = [one["impl"].split(".")[0] for one in pipelines.values()]
+        # "owner/name--file" is found in that repository.
+        if all("--" in name or Path(save_directory, f"{name}.py").is_file() for name in names):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        del self.config.custom_pipelines
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.custom_pipelines = pipelines
+
     def finish_loading(self):
         """
         Forecasts do not train the time-to-text extractor. Said here and not in the constructor alone, because the
@@ -726,7 +740,7 @@ class SpaceExploreModel(SpaceExplorePreTrainedModel):
         """`length` counts the steps and tokens in the cache too; a static cache has it as a tensor."""
         longest = self.config.max_position_embeddings
         torch_compilable_check(
-            length <= self.config.context_limit,
+            length <= longest,
             lambda: f"a context of {length} steps is longer than max_position_embeddings={longest}",
         )
         if attention_mask is not None and attention_mask.ndim == 2:

@@ -130,7 +130,8 @@ class SpaceExploreT2T(nn.Module):
         # would not be there.
         own = steps[..., : self.stride].any(-1)
         own[:, -1] = True
-        return patches.to(self.patch_proj.weight.dtype), steps & own.unsqueeze(-1)
+        # The dtype of the embedding, not of the projection, which may be quantised.
+        return patches.to(self.word_embeddings.weight.dtype), steps & own.unsqueeze(-1)
 
     def encode(self, patches: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Features of the patches, (B, P, L, F) to (B, P, E); only `visible` (B, P) ones are looked at."""

@@ -206,6 +206,7 @@ def fit(
         columns = [client.map(itemgetter(name), parts) for name in extractor.feature_names]
         fitted = client.map(fit_column, extractor.feature_names, columns, normalization=extractor.normalization)
         extractor.center, extractor.spread = map(list, zip(*client.gather(fitted), strict=True))
+        extractor.fitted_until = f"{train.end:%Y-%m-%d}"
     return extractor
 
 

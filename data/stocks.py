@@ -425,9 +425,8 @@ def fitted_extractor(config: StocksConfig, indicators: Dataset, train: DateRange
     rows = np.unique(np.linspace(0, len(indicators) - 1, FIT_TICKERS).round().astype(int))
     dates = to_dates(flat(indicators.data["dates"].take(rows)))
     seen = (dates >= train.start.to_datetime64()) & (dates <= train.end.to_datetime64())
-    return extractor.fit_columns(
-        flat(indicators.data[str(number)].take(rows))[seen] for number in range(len(extractor.feature_names))
-    )
+    numbers = range(len(extractor.feature_names))
+    return extractor.fit_columns((flat(indicators.data[str(one)].take(rows))[seen] for one in numbers), train.end)
 
 
 def series_rows(

@@ -74,7 +74,7 @@ class Market:
 
     @classmethod
     def of(cls, prices: pd.DataFrame, tickers: Sequence[str], first: pd.Timestamp) -> "Market":
-        prices = prices[prices["date"] >= first]
+        before, prices = prices[prices["date"] < first], prices[prices["date"] >= first]
         sessions, tickers = pd.DatetimeIndex(np.unique(prices["date"])), pd.Index(sorted(set(tickers)))
         bars = prices[prices["ticker"].isin(tickers)]
         absent = tickers.difference(bars["ticker"].unique())
@@ -84,8 +84,9 @@ class Market:
         last = np.zeros(len(tickers), dtype=int)
         np.maximum.at(last, at[1], at[0])
         open_, close, volume = (_grid(bars[name], at, sessions, tickers) for name in ("open", "close", "volume"))
-        never = np.nanmax(volume, axis=0) == 0  # an index has no volume, and no halts by it
-        tradable = (volume > 0) | (never & np.isfinite(close))
+        # An index never had any volume, and has no halts by it.
+        had = np.maximum.accumulate(volume > 0, axis=0) | tickers.isin(before.loc[before["volume"] > 0, "ticker"])
+        tradable = (volume > 0) | (~had & np.isfinite(close))
         return cls(sessions, tickers, open_, pd.DataFrame(close).ffill().fillna(0.0).to_numpy(), tradable, last)
 
 

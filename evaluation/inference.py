@@ -12,8 +12,6 @@ import numpy as np
 
 # Shapes: N rows, D dates in ascending order
 
-Z = 1.96  # 97.5 % quantile of the unit normal
-
 
 def bandwidth(count: int, horizon: int = 1) -> int:
     """Lags of a series of D dates: 1.3·sqrt(D) (Lazarus, Lewis, Stock & Watson, 2018), and no fewer than horizon - 1,
@@ -124,8 +122,10 @@ def effective_count(share: float, error: float, rows: int) -> float:
     return min(max(share * (1 - share) / error**2, 1.0), rows) if error > 0 else math.nan
 
 
-def wilson_interval(share: float, count: float) -> tuple[float, float]:
-    """95 % interval of a binomial share of `count` independent rows: Wilson, 1927."""
-    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
+def wilson_interval(share: float, count: float, critical: float) -> tuple[float, float]:
+    """Interval of a binomial share of `count` independent rows, `critical` standard errors to either side: Wilson,
+    1927."""
+    extra = critical**2 / count
+    centre = (share + extra / 2) / (1 + extra)
+    half = critical * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
     return centre - half, centre + half

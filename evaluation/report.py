@@ -268,21 +268,26 @@ def all_metrics(scores: pd.DataFrame) -> Table:
     return Table(tables[0][1][0], blocks)
 
 
-def _skill(values: pd.Series, loss: str, critical: float) -> Cell:
+def _critical(values: pd.Series, horizon: int, dates: str = "dates") -> float:
+    return critical_value(max(int(values[dates]), 1), horizon)
+
+
+def _skill(values: pd.Series, loss: str, horizon: int) -> Cell:
     skill, error = values[f"{loss}_skill"], values[f"{loss}_skill_se"]
     if error == 0:  # ewma's own
         return Cell("reference")
-    return Cell(f"{100 * skill:+.2f} ± {100 * error:.2f}", abs(skill) > critical * error)
+    return Cell(f"{100 * skill:+.2f} ± {100 * error:.2f}", abs(skill) > _critical(values, horizon) * error)
 
 
-def _rank_ic(values: pd.Series, critical: float) -> Cell:
+def _rank_ic(values: pd.Series, horizon: int) -> Cell:
     t = values["rank_ic_t"]
-    return Cell(f"{values['rank_ic']:+.3f} ({t:+.1f})", abs(t) > critical)
+    return Cell(f"{values['rank_ic']:+.3f} ({t:+.1f})", abs(t) > _critical(values, horizon, "rank_ic_dates"))
 
 
-def _direction(values: pd.Series, critical: float) -> Cell:
+def _direction(values: pd.Series, horizon: int) -> Cell:
     right, low, high = (100 * values[f"direction_{name}"] for name in ("accuracy", "low", "high"))
-    return Cell(f"{right:.1f} [{low:.1f}, {high:.1f}]", abs(values["direction_accuracy_t"]) > critical)
+    sure = abs(values["direction_accuracy_t"]) > _critical(values, horizon)
+    return Cell(f"{right:.1f} [{low:.1f}, {high:.1f}]", sure)
 
 
 def _percent(values: pd.Series, metric: str) -> Cell:
@@ -294,30 +299,29 @@ def _coverage(values: pd.Series) -> Cell:
 
 
 COVERAGE = "in the 90 % interval (%)"
-# Name of a column -> its cell, of the metrics of one forecaster and the critical value of its t statistics.
-RETURNS: dict[str, Callable[[pd.Series, float], Cell]] = {
-    "CRPS skill over ewma (%)": lambda values, critical: _skill(values, "crps", critical),
+# Name of a column -> its cell, of the metrics of one forecaster at a horizon.
+RETURNS: dict[str, Callable[[pd.Series, int], Cell]] = {
+    "CRPS skill over ewma (%)": lambda values, horizon: _skill(values, "crps", horizon),
     "RankIC (t)": _rank_ic,
     "direction right (%) [95 %]": _direction,
     "base rate (%)": lambda values, _: _percent(values, "direction_base_rate"),
     COVERAGE: lambda values, _: _coverage(values),
 }
-CLASSES: dict[str, Callable[[pd.Series, float], Cell]] = {
-    "log-loss skill over ewma (%)": lambda values, critical: _skill(values, "log_loss", critical),
+CLASSES: dict[str, Callable[[pd.Series, int], Cell]] = {
+    "log-loss skill over ewma (%)": lambda values, horizon: _skill(values, "log_loss", horizon),
     "log-loss (nats)": lambda values, _: Cell(f"{values['log_loss']:.4f}"),
     "class right (%)": lambda values, _: _percent(values, "accuracy"),
     "base rate (%)": lambda values, _: _percent(values, "base_rate"),
 }
 
 
-def _columns(scores: pd.DataFrame) -> dict[str, Callable[[pd.Series, float], Cell]]:
+def _columns(scores: pd.DataFrame) -> dict[str, Callable[[pd.Series, int], Cell]]:
     return CLASSES if "log_loss" in set(scores["metric"]) else RETURNS
 
 
 def _cells(values: pd.Series, horizon: int) -> list[Cell]:
-    critical = critical_value(int(values["dates"]), horizon)
     columns = CLASSES if "log_loss" in values.index else RETURNS
-    return [_defined(make(values, critical)) for make in columns.values()]
+    return [_defined(make(values, horizon)) for make in columns.values()]
 
 
 def _defined(cell: Cell) -> Cell:

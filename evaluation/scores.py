@@ -14,6 +14,7 @@ from spaceexploreai.evaluation.baselines import (
 )
 from spaceexploreai.evaluation.classes import score_classes
 from spaceexploreai.evaluation.inference import (
+    critical_value,
     date_codes,
     diebold_mariano,
     direction_t,
@@ -93,8 +94,8 @@ def score_by(forecasts: pd.DataFrame, by: str) -> pd.DataFrame:
     if by not in _GROUPS:
         raise ValueError(f"by must be one of {', '.join(_GROUPS)}, got {by!r}")
     require_columns(forecasts, ["ticker", "cutoff", "horizon", "y"])
-    known = forecasts[np.isfinite(forecasts["y"])]
-    groups = known.groupby(_GROUPS[by](known).rename(by), observed=True)
+    known = np.isfinite(forecasts["y"])
+    groups = forecasts[known].groupby(_GROUPS[by](forecasts)[known].rename(by), observed=True)
     tables = {key: score_table(rows) for key, rows in groups}
     return pd.concat(tables, names=[by]).reset_index(by).reset_index(drop=True)
 
@@ -202,7 +203,8 @@ def _direction(y: np.ndarray, mean: np.ndarray, dates: np.ndarray, horizon: int)
         hits, error = mean_with_error((np.sign(mean) == np.sign(y)).astype(float), dates, horizon)
         count = effective_count(hits, error, len(y))
         found["direction_n"] = count
-        found["direction_low"], found["direction_high"] = wilson_interval(hits, count)
+        critical = critical_value(int(dates.max()) + 1, horizon)
+        found["direction_low"], found["direction_high"] = wilson_interval(hits, count, critical)
         found["direction_accuracy_t"] = direction_t(y, mean, dates, horizon)
     return found
 
@@ -227,6 +229,7 @@ def _ranking(rows: pd.DataFrame, mean: np.ndarray, horizon: int) -> dict[str, fl
     for name, values in series.items():
         found[name] = float(values.mean())
         found[f"{name}_t"] = t_value(found[name], standard_error(values.to_numpy(), horizon) if len(values) else 0.0)
+    found["rank_ic_dates"] = float(len(ranks))
     return {**found, "icir": float(ranks.mean() / ranks.std()), "turnover": turnover(mean, cutoff, ticker)}
 
 

@@ -115,6 +115,24 @@ def _count(folds: int) -> str:
     return f"{folds} fold{'s' if folds > 1 else ''}"
 
 
+def cut_blocks(dates: pd.Series, horizon: int, every: int) -> list[Span]:
+    """Blocks of `every` sessions, as those of `plan_folds`, of all the sessions that there are.
+
+    Args:
+        dates: in any order, repeated over tickers.
+        horizon: longest horizon, in sessions; every block is longer.
+
+    Raises:
+        ValueError: blocks that are too short, or too few sessions for one.
+    """
+    _check(WINDOWS[0], None, every, None, 0, horizon)
+    sessions = pd.DatetimeIndex(np.sort(dates.unique()))
+    edges = _edges(len(sessions), 0, horizon, None, every)
+    if edges is None:
+        raise ValueError(f"{len(sessions)} sessions are too few for a block: the longest horizon is {horizon}")
+    return [(sessions[start], sessions[stop - 1]) for start, stop in pairwise(edges)]
+
+
 def join_folds(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Forecast tables of the folds, in order, as one, with a column `fold` that counts from 1."""
     return pd.concat([table.assign(fold=number) for number, table in enumerate(tables, start=1)], ignore_index=True)

@@ -91,7 +91,7 @@ def open_series(name: str, options: Namespace) -> Series:
     horizons = list(BENCHMARKS[name].horizons) if options.horizons is None else options.horizons
     for horizon in horizons:
         check_lengths(name, parts, context, horizon)
-    limit = read_config(options.model_config, [1]).context_limit
+    limit = read_config(options.model_config, [1]).max_position_embeddings
     if context > limit:
         raise ValueError(f"context {context} is longer than the {limit} positions of {options.model_config}")
     values = standardise(table.to_numpy(), parts.train)

@@ -30,18 +30,20 @@ from spaceexploreai.evaluation.internals import expert_load, words_of
 from spaceexploreai.evaluation.leaks import check_leaks
 from spaceexploreai.evaluation.report import Report, example_of, pictures_of, report_files
 from spaceexploreai.evaluation.scores import add_outcomes, format_scores, score_by, score_table
-from spaceexploreai.evaluation.walk_forward import plan_folds
+from spaceexploreai.evaluation.walk_forward import cut_blocks
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries, SpaceExploreFeatureExtractor, parse_date
+from spaceexploreai.indicators_spaceexplore import INDICATORS
 from spaceexploreai.scripts.forecasters import Forecaster, forecast_between, load_forecaster
 from spaceexploreai.train.arguments import command, make_parser
 from spaceexploreai.train.memory import keep_freed_memory
 from spaceexploreai.train.sampling import ModelPaths
 
 GROUPS = ("year", "regime", "ticker")
-# What the leak check forecasts again, six times.
-CHECKED_TICKERS, CHECKED_DAYS = 3, 60
+# What the leak check forecasts again, six times. Columns of the panel are nothing for fewer than ten tickers.
+CHECKED_TICKERS, CHECKED_PANEL, CHECKED_DAYS = 3, 12, 60
 SHOWN_TICKERS = 20
 NOTICES = {
+    "undated": "UNDATED: the model does not say to which date it was trained; this may be no evaluation.",
     "in_sample": "IN SAMPLE: the model was trained to {day}; this is no evaluation.",
     "chosen": "NOT UNSEEN: the model was chosen by dates to {day}, which flatter it.",
 }
@@ -51,7 +53,8 @@ ROUTED_WINDOWS = 256  # that the load of the experts is shown of
 def scored_range(
     config: SpaceExploreConfig, prices: pd.DataFrame, start: str | None, end: str | None, allow_in_sample: bool = False
 ) -> DateRange:
-    """Cutoffs to forecast from. Refuses those at or before the last date the weights were fitted to."""
+    """Cutoffs to forecast from. Refuses those at or before the last date the weights were fitted to, and all of a
+    model that does not say which that is."""
     first, last = prices["date"].min(), prices["date"].max()
     unseen = max((date for date in (config.train_cutoff, config.selection_cutoff) if date), default=None)
     if start is None and unseen is not None:
@@ -59,8 +62,14 @@ def scored_range(
     within = DateRange(first if start is None else parse_date(start), last if end is None else parse_date(end))
     if within.start > within.end:
         raise ValueError(f"nothing to evaluate: {within.start.date()} is after {within.end.date()}")
-    seen = config.train_cutoff is not None and within.start <= pd.Timestamp(config.train_cutoff)
-    if seen and not allow_in_sample:
+    if allow_in_sample:
+        return within
+    if config.train_cutoff is None:
+        raise ValueError(
+            "the model does not say to which date it was trained (train_cutoff in its config.json), so that any score "
+            "may be of days it has seen (--allow-in-sample overrides)"
+        )
+    if within.start <= pd.Timestamp(config.train_cutoff):
         raise ValueError(
             f"{within.start.date()} is not after {config.train_cutoff}, the last date the model was trained on; "
             "scores there mean nothing (--allow-in-sample overrides)"
@@ -94,16 +103,6 @@ def forecast_range(
     return add_baselines(table, prices, baselines, training)
 
 
-def blocks_of(
-    config: SpaceExploreConfig, context_length: int, prices: pd.DataFrame, within: DateRange, sessions: int
-) -> list[DateRange]:
-    """The range in blocks of so many sessions; all that lies before the first is what the checkpoint may have seen."""
-    dates = pd.Series(prices.loc[prices["date"] <= within.end, "date"].unique())
-    before = int((dates < within.start).sum())
-    folds = plan_folds(dates, config.horizons[-1], context_length, every=sessions, train_sessions=before)
-    return [DateRange(*fold.test) for fold in folds]
-
-
 def training_of(
     config: SpaceExploreConfig, extractor: SpaceExploreFeatureExtractor, prices: pd.DataFrame, series: list
 ) -> Training:
@@ -117,16 +116,21 @@ def training_of(
 
 
 def refuse_leaks(
-    model: Forecaster, extractor: SpaceExploreFeatureExtractor, prices: pd.DataFrame, within: DateRange
+    model: Forecaster, extractor: SpaceExploreFeatureExtractor, prices: pd.DataFrame, origins: pd.DataFrame
 ) -> None:
-    """Of a few tickers, whose forecasts at the beginning of the range are made again (see `check_leaks`).
+    """Of a few tickers, whose first forecasts are made again (see `check_leaks`).
 
     Of sampled paths the inputs are made again: rounding, which a batch decides, may move a draw into the next bin.
+
+    Args:
+        origins: `ticker, cutoff` of all that is to be forecast from.
     """
-    few = prices[prices["ticker"].isin(prices["ticker"].unique()[:CHECKED_TICKERS])].reset_index(drop=True)
-    first = DateRange(within.start, min(within.end, within.start + pd.Timedelta(days=CHECKED_DAYS)))
-    known = few["date"][few["date"].between(*first)]
-    if known.empty or known.min() == few["date"].max():
+    start = origins["cutoff"].min()
+    first = DateRange(start, min(origins["cutoff"].max(), start + pd.Timedelta(days=CHECKED_DAYS)))
+    count = CHECKED_PANEL if any(INDICATORS[name].panel for name in extractor.feature_names) else CHECKED_TICKERS
+    names = origins.loc[origins["cutoff"] <= first.end, "ticker"].unique()[:count]
+    few = prices[prices["ticker"].isin(names)].reset_index(drop=True)
+    if few["date"].max() == start:
         return  # nothing lies ahead of these forecasts
     if isinstance(model, ModelPaths):
         check_leaks(extractor.compute_features, few[few["date"] <= first.end].reset_index(drop=True))
@@ -159,7 +163,9 @@ def write_groups(groups: pd.DataFrame, by: str, path: str | Path) -> None:
 
 
 def notice_of(config: SpaceExploreConfig, day: str) -> tuple[str, str] | None:
-    """What the training did with a day ("in_sample" or "chosen", of `NOTICES`), and to which date it did so."""
+    """What the training did with a day (a key of `NOTICES`), and to which date it did so."""
+    if config.train_cutoff is None:
+        return "undated", ""
     for key, last in (("in_sample", config.train_cutoff), ("chosen", config.selection_cutoff)):
         if (last or "") >= day:
             return key, last
@@ -259,12 +265,13 @@ def main(argv: list[str] | None = None) -> None:
     model, extractor = load_forecaster(args.model, args.num_samples, args.seed, args.device)
     prices = load_prices(args.prices, args.tickers, extractor.calendar, args.strict, args.fill)
     within = scored_range(model.config, prices, args.start, args.end, args.allow_in_sample)
-    refuse_leaks(model, extractor, prices, within)
     series = extractor.encode(prices)
-    blocks, by_names = (), args.by
+    origins = forecast_windows(series, extractor.context_length, within).origins
+    blocks, by_names = [], args.by
     if args.walk_forward is not None:
-        blocks = blocks_of(model.config, extractor.context_length, prices, within, args.walk_forward)
-        by_names = [*by_names, "fold"]
+        spans = cut_blocks(origins["cutoff"], model.config.horizons[-1], args.walk_forward)
+        blocks, by_names = [DateRange(*span) for span in spans], [*by_names, "fold"]
+    refuse_leaks(model, extractor, prices, origins)
     forecasts = forecast_range(model, extractor, prices, within, args.baselines, args.stride, series, blocks)
     scores, groups = score_table(forecasts), {by: score_by(forecasts, by) for by in by_names}
     if args.allow_in_sample and model.config.train_cutoff is not None:

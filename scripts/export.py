@@ -105,7 +105,7 @@ def trace(model: Network) -> ExportedProgram:
         "scale": torch.ones(shape),
     }
     example = {name: example[name] for name in INPUTS[type(model)]}
-    sizes = {0: Dim("batch", min=1), 1: Dim("time", min=1, max=model.config.context_limit)}
+    sizes = {0: Dim("batch", min=1), 1: Dim("time", min=1, max=model.config.max_position_embeddings)}
     with torch.no_grad():
         return torch.export.export(Graph(model), (), kwargs=example, dynamic_shapes=dict.fromkeys(example, sizes))
 
@@ -290,7 +290,7 @@ def describe(model: Network, extractor: SpaceExploreFeatureExtractor, figures: d
         "outputs": list(OUTPUTS[type(model)]),
         "feature_names": extractor.feature_names,
         "context_length": extractor.context_length,
-        "longest_context": config.context_limit,
+        "longest_context": config.max_position_embeddings,
         **{name: getattr(config, name) for name in (*fields, *more)},
         "tolerance": TOLERANCE,
         "graphs": figures,
@@ -305,9 +305,6 @@ def load_network(folder: str) -> tuple[Network, SpaceExploreFeatureExtractor]:
             f"{folder} holds a causal language model, which samples path after path with a cache; one graph does not: "
             "export a regression or a classification"
         )
-    rope_type = model.config.rope_parameters["rope_type"]
-    if rope_type in ("dynamic", "longrope"):
-        raise ValueError(f"rope_type {rope_type!r} turns by the longest row of a batch, which no graph can: {folder}")
     return model.float(), extractor
 
 

@@ -76,7 +76,9 @@ def check_model(folder: Path) -> SpaceExploreConfig:
     _, info = head.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{folder} is not whole: its weights have no {min(info['missing_keys'])}")
-    code = {f"{reference.split('.')[0]}.py" for reference in (getattr(config, "auto_map", None) or {}).values()}
+    pipelines = (getattr(config, "custom_pipelines", None) or {}).values()
+    references = [*(getattr(config, "auto_map", None) or {}).values(), *(one["impl"] for one in pipelines)]
+    code = {f"{reference.split('.')[0]}.py" for reference in references}
     missing = sorted(one for one in code if not (folder / one).is_file())
     if not code or missing:
         raise ValueError(f"{folder} does not carry its code{': ' + missing[0] if missing else ''}; save it again")

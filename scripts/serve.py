@@ -451,6 +451,8 @@ def token_of(environment: dict[str, str]) -> str | None:
 
 def listen(host: str, port: int, open_to_all: bool) -> socket.socket:
     """A socket at an address; one that others can reach only if it may be open to them."""
+    if not 0 <= port <= 65535:  # the C library would take it modulo 65536
+        raise ValueError(f"--port must be from 0 to 65535, got {port}")
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if not open_to_all and not ipaddress.ip_address(address[0]).is_loopback:
         raise ValueError(f"--host {host} can be reached by others: set {TOKEN}, or give --allow-no-token")

@@ -38,11 +38,17 @@ def selection_range(config: SpaceExploreConfig) -> DateRange:
 
 def slopes(forecasts: pd.DataFrame, within: DateRange) -> dict[int, float]:
     """Least-squares slope through zero of realised on forecast returns for each horizon, within 0 and 1; of what was
-    realised by the end of the range."""
+    realised by the end of the range. 0 where every forecast is."""
     known = forecasts[np.isfinite(forecasts["y"]) & (forecasts["date"] <= within.end)]
+    unknown = sorted(set(forecasts["horizon"]) - set(known["horizon"]))
+    if unknown:
+        raise ValueError(
+            f"the prices end before any return over {unknown[0]} days of {within.start.date()} to {within.end.date()} "
+            "is known"
+        )
     products = known.assign(both=known["mean"] * known["y"], square=known["mean"] ** 2)
     sums = products.groupby("horizon")[["both", "square"]].sum()
-    return (sums["both"] / sums["square"]).clip(0, 1).to_dict()
+    return (sums["both"] / sums["square"]).fillna(0.0).clip(0, 1).to_dict()
 
 
 @torch.no_grad()

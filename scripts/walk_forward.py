@@ -26,7 +26,7 @@ from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.cleaning import load_prices
 from spaceexploreai.data.prices import write_table
 from spaceexploreai.data.stocks import fingerprint
-from spaceexploreai.data.windows import DateRange
+from spaceexploreai.data.windows import DateRange, forecast_windows
 from spaceexploreai.evaluation.report import Report, pictures_of
 from spaceexploreai.evaluation.scores import format_scores, score_by, score_table
 from spaceexploreai.evaluation.walk_forward import Fold, join_folds, plan_folds
@@ -196,8 +196,9 @@ def forecast_fold(walk: Walk, number: int) -> pd.DataFrame:
     if cutoffs != planned:
         raise ValueError(f"{walk.checkpoint(number)} has seen {cutoffs}, not {planned}: have the prices changed?")
     within = DateRange(*fold.test)
-    refuse_leaks(model, extractor, walk.prices, within)
-    return forecast_range(model, extractor, walk.prices, within, walk.run.objective.baselines)
+    series = extractor.encode(walk.prices)
+    refuse_leaks(model, extractor, walk.prices, forecast_windows(series, extractor.context_length, within).origins)
+    return forecast_range(model, extractor, walk.prices, within, walk.run.objective.baselines, series=series)
 
 
 def complete(walk: Walk, number: int) -> None:

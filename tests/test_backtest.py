@@ -397,6 +397,21 @@ def test_a_ticker_that_never_has_volume_is_not_halted():
     assert first.to_dict() == {"T0": "filled", "T1": "filled", "T2": "cancelled", "T3": "filled"}
 
 
+def test_volume_to_come_halts_nothing():
+    """An index that becomes tradable is no reason to have called it halted before; volume of the past is."""
+    open_, close = random_market(5, tickers=3)
+    case, volume = {"seed": 5, "top_k": 1, "side": "long", "hold": 1}, np.ones_like(close)
+    volume[:, 1] = 0
+    late = volume.copy()
+    late[-1, 1] = 1
+    one, other = (run(case, open_, close, volume=given)["strategy"].daily["equity"] for given in (volume, late))
+    pd.testing.assert_series_equal(one.iloc[:-1], other.iloc[:-1])
+    early = volume.copy()
+    early[0, 1] = 1
+    orders = run(case, open_, close, volume=early)["equal_weight"].orders
+    assert (orders.loc[orders["ticker"] == "T1", "outcome"] == "cancelled").all()
+
+
 # --- signals and mistakes ---
 
 

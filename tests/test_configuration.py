@@ -203,6 +203,11 @@ def test_refuses_an_unknown_rotary_type():
         SpaceExploreModel(SpaceExploreConfig(**TINY, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_refuses_a_rotation_that_knows_how_long_the_context_will_be(kind):
+    assert "rope_type must be one of default, " in refusal(rope_parameters={"rope_type": kind, "rope_theta": 1e4})
+
+
 def test_refuses_a_partial_rotation():
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
     assert refusal(rope_parameters=rope) == "partial_rotary_factor must be 1, got 0.5"

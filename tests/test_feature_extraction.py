@@ -579,7 +579,8 @@ def test_context_as_arrays():
 def test_as_of_is_the_end_of_the_data():
     friday = pd.Timestamp("2020-04-24")
     expected = EXTRACTOR(PRICES[PRICES["date"] <= friday])
-    for as_of in (friday, str(friday.date()), friday + pd.Timedelta(days=2), friday.date()):
+    zoned, number = pd.Timestamp("2020-04-24 16:00", tz="America/New_York"), 20200424
+    for as_of in (friday, str(friday.date()), friday + pd.Timedelta(days=2), friday.date(), zoned, number):
         batch = EXTRACTOR(PRICES, as_of=as_of)
         for name in EXTRACTOR.model_input_names:
             np.testing.assert_array_equal(batch[name], expected[name])
@@ -600,6 +601,7 @@ def test_history_may_be_just_long_enough():
         ("2019-12-31", "AAA has 0 bars up to 2019-12-31; a forecast needs 50 "),
         ("2020-01-03", "AAA has 3 bars up to 2020-01-03; a forecast needs 50 "),
         ("2020-13-01", "'2020-13-01' is not a date"),
+        ("03/04/2020", "'03/04/2020' is not a date"),  # of March or of April
     ],
 )
 def test_as_of_without_enough_history_is_refused(as_of, message):

@@ -166,10 +166,10 @@ class Clairvoyant(SpaceExploreFeatureExtractor):
 def test_a_planted_leak_is_found_whatever_the_head(request, head, prices):
     model, extractor = load_forecaster(request.getfixturevalue(head), num_samples=2)
     cheat = Clairvoyant(**extractor.to_dict())
-    within = last_days(prices, 70)
-    evaluate.refuse_leaks(model, extractor, prices, within)
+    origins = forecast_windows(extractor.encode(prices), extractor.context_length, last_days(prices, 70)).origins
+    evaluate.refuse_leaks(model, extractor, prices, origins)
     with pytest.raises(ValueError, match="leak"):
-        evaluate.refuse_leaks(model, cheat, prices, within)
+        evaluate.refuse_leaks(model, cheat, prices, origins)
     assert check_leaks(extractor.compute_features, prices) > 0
 
 

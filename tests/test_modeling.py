@@ -214,7 +214,6 @@ def test_rms_norm_computes_in_float32():
 ROPES = [
     {"rope_type": "default", "rope_theta": 500.0},
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-    {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
     {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.8},
 ]
 EVERY_ROPE = pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
@@ -297,6 +296,13 @@ def test_router_computes_in_float32():
     logits, weights, _ = router.bfloat16()(hidden_states().bfloat16())
     assert logits.dtype == weights.dtype == torch.float32
     assert_close(logits, hidden_states().bfloat16().float().view(-1, HIDDEN) @ rounded.T)
+
+
+def test_router_computes_in_float32_under_autocast():
+    router = random_weights(SpaceExploreTopkRouter(make_config()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, weights, _ = router(hidden_states())
+    assert_close((logits, weights), router(hidden_states())[:2], rtol=0, atol=0)
 
 
 def make_mixtures(backend: str) -> tuple[SpaceExploreMoE, DeepseekV3MoE]:
@@ -989,6 +995,25 @@ def saved(tmp_path_factory) -> tuple[SpaceExploreForRegression, Path]:
     return model, folder
 
 
+def test_quantised_weights_forecast_too():
+    """Half of a network's tensors are of other types then, or no tensors."""
+    batch = {name: tensor for name, tensor in make_batch().items() if name != "labels"}
+    quantised = torch.ao.quantization.quantize_dynamic(make_model().eval(), {torch.nn.Linear}, dtype=torch.qint8)
+    assert_close(quantised(**batch).quantiles, make_model().eval()(**batch).quantiles, rtol=0.2, atol=2e-3)
+
+
+def test_a_pipeline_that_is_not_there_is_not_promised(tmp_path):
+    pipelines = {"a-task": {"impl": "pipeline_spaceexplore.SpaceExplorePipeline", "pt": ["AutoModel"]}}
+    model = SpaceExploreForRegression(make_config(custom_pipelines=pipelines))
+    model.save_pretrained(tmp_path / "without")
+    (tmp_path / "with").mkdir()
+    (tmp_path / "with" / "pipeline_spaceexplore.py").touch()
+    model.save_pretrained(tmp_path / "with")
+    without, with_ = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("without", "with"))
+    assert "custom_pipelines" not in without
+    assert with_["custom_pipelines"] == model.config.custom_pipelines == pipelines
+
+
 def test_saved_and_loaded_is_the_same(saved):
     model, folder = saved
     loaded, info = SpaceExploreForRegression.from_pretrained(folder, output_loading_info=True)
@@ -1103,10 +1128,3 @@ def test_refuses_a_cached_context_that_is_too_long():
     cache = shared_model()(torch.zeros(1, 60, FEATURES), use_cache=True).cache
     with pytest.raises(ValueError, match="context of 65 steps is longer than max_position_embeddings=64"):
         shared_model()(torch.zeros(1, 65, FEATURES), cache=cache)
-
-
-def test_dynamic_scaling_stretches_the_context():
-    model = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    assert model(torch.zeros(1, 128, FEATURES)).mean.isfinite().all()
-    with pytest.raises(ValueError, match="context of 129 steps"):
-        model(torch.zeros(1, 129, FEATURES))

@@ -453,6 +453,7 @@ def in_sample(folder: Path) -> None:
     [
         (without("model.safetensors"), [], "model.safetensors"),
         (without("modeling_spaceexplore.py"), [], "does not carry its code: modeling_spaceexplore.py"),
+        (without("pipeline_spaceexplore.py"), [], "does not carry its code: pipeline_spaceexplore.py"),
         (without("README.md"), [], "has no README.md"),
         (in_sample, ["--evaluation", "evaluation"], "is not for a model card. IN SAMPLE: seen"),
         (None, ["--evaluation", "nowhere"], "nowhere has no report.json"),

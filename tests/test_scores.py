@@ -146,7 +146,7 @@ def test_score_composes_the_metrics():
     spread, inside = ranking.decile_spread_by_date(y, mean, cutoff), (y >= quantiles[:, 0]) & (y <= quantiles[:, -1])
     hits, error = mean_with_error((np.sign(mean) == np.sign(y)).astype(float), dates, 5)
     count = effective_count(hits, error, 240)
-    low, high = wilson_interval(hits, count)
+    low, high = wilson_interval(hits, count, critical_value(20, 5))
     dm = diebold_mariano(losses[""], loss, dates, 5)
     squares = diebold_mariano((y - rows["mean"].to_numpy()) ** 2, (y - mean) ** 2, dates, 5)
     expected = {
@@ -174,6 +174,7 @@ def test_score_composes_the_metrics():
         "ic_t": mean_t(ranking.ic_by_date(y, mean, cutoff, ranks=False)),
         "rank_ic": ranking.rank_ic(y, mean, cutoff),
         "rank_ic_t": mean_t(ranks),
+        "rank_ic_dates": 20,
         "icir": ranks.mean() / ranks.std(),
         "decile_spread": spread.mean(),
         "decile_spread_t": mean_t(spread),
@@ -238,6 +239,13 @@ def test_regimes_are_thirds_of_the_dates_by_the_width_that_was_known():
     for regime, least in (("calm", 1), ("normal", 4), ("wild", 7)):
         own = scores[scores["regime"] == regime].drop(columns="regime").reset_index(drop=True)
         pd.testing.assert_frame_equal(own, score(table[(width >= least) & (width < least + 3)]))
+
+
+def test_days_of_which_only_later_outcomes_are_known_are_in_a_regime():
+    table = make_table(cutoffs=9)
+    table.loc[(table["horizon"] == 1) & (table["cutoff"] == table["cutoff"].min()), "y"] = np.nan
+    far = score_by(table, "regime").query("horizon == 5 and metric == 'n'")
+    assert far["model"].sum() == score(table).query("horizon == 5 and metric == 'n'")["model"].item()
 
 
 def test_an_unknown_group_is_refused():

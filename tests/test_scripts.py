@@ -9,16 +9,18 @@ import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import RECIPE, tiny_run
+from conftest import RECIPE, make_market, tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data.prices import read_prices, write_table
-from spaceexploreai.data.windows import DateRange
+from spaceexploreai.data.windows import DateRange, forecast_windows
 from spaceexploreai.evaluation.classes import probabilities_of
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
-from spaceexploreai.modeling_spaceexplore import SpaceExploreModel
+from spaceexploreai.indicators_spaceexplore import FEATURE_PRESETS, INDICATORS
+from spaceexploreai.modeling_spaceexplore import SpaceExploreForRegression, SpaceExploreModel
 from spaceexploreai.scripts import build_dataset, draw_architecture, evaluate, forecast, quickstart
 from spaceexploreai.scripts.evaluate import forecast_range
 from spaceexploreai.scripts.forecast import forecast_newest
@@ -218,7 +220,17 @@ def test_evaluate_scores_groups_and_fitted_baselines(tmp_path, checkpoint, marke
         assert sum(one["5"]["n"]["model"] for one in groups.values()) == whole["5"]["n"]["model"]
 
 
-def test_evaluate_refuses_a_forecast_that_knows_the_future(tmp_path, checkpoint, market, monkeypatch, refused):
+def test_a_checkpoint_that_does_not_say_what_it_saw_is_refused(tmp_path, checkpoint, market, refused, capsys):
+    shutil.copytree(checkpoint, tmp_path / "undated")
+    path = tmp_path / "undated" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train_cutoff": None, "selection_cutoff": None}))
+    run = ["--model", str(path.parent), "--prices", str(market), "--output", str(tmp_path / "forecasts.parquet")]
+    assert "does not say to which date it was trained" in refused(evaluate.main, run)
+    evaluate.main([*run, "--allow-in-sample", "--start", "2006-06-01"])
+    assert "UNDATED" in capsys.readouterr().out
+
+
+def plant_leak(monkeypatch) -> None:
     """A feature with the next day's return in it."""
     original = SpaceExploreFeatureExtractor.compute_features
 
@@ -228,6 +240,42 @@ def test_evaluate_refuses_a_forecast_that_knows_the_future(tmp_path, checkpoint,
         return features.assign(**{self.feature_names[0]: ahead.to_numpy()})
 
     monkeypatch.setattr(SpaceExploreFeatureExtractor, "compute_features", leaking)
+
+
+def test_a_leak_is_found_beside_tickers_that_cannot_be_forecast(tmp_path, checkpoint, market, monkeypatch, refused):
+    """The first of the alphabet were listed too late for the first cutoff, or delisted before."""
+    prices, cutoff = read_prices(market), json.loads((checkpoint / "config.json").read_text())["selection_cutoff"]
+    days = prices["date"].unique()
+    first = int(days.searchsorted(pd.Timestamp(cutoff), side="right"))
+    copy = prices[prices["ticker"] == "T0"]
+    late, gone = copy[copy["date"] >= days[first - 10]], copy[copy["date"] < days[first - 5]]
+    others = [late.assign(ticker="A0"), late.assign(ticker="A1"), gone.assign(ticker="A2")]
+    write_table(pd.concat([*others, prices]), tmp_path / "more.parquet")
+    run = ["--model", str(checkpoint), "--prices", str(tmp_path / "more.parquet"), "--output"]
+    evaluate.main([*run, str(tmp_path / "forecasts.parquet")])
+    plant_leak(monkeypatch)
+    assert "leak: " in refused(evaluate.main, [*run, str(tmp_path / "again.parquet")])
+
+
+def test_a_leak_between_tickers_is_found(monkeypatch):
+    """Of a column that is nothing for fewer than ten."""
+    prices, name = make_market(tickers=12, days=300), "return_rank_1"
+    extractor = SpaceExploreFeatureExtractor([name, FEATURE_PRESETS["default"][0]], context_length=16)
+    extractor.fit(extractor.compute_features(prices))
+    fields = json.loads((RECIPE / "config.json").read_text()) | {"num_features": 2}
+    model = SpaceExploreForRegression(SpaceExploreConfig(**fields)).eval()
+    within = DateRange(prices["date"].unique()[250], prices["date"].max())
+    origins = forecast_windows(extractor.encode(prices), 16, within).origins
+    evaluate.refuse_leaks(model, extractor, prices, origins)
+    honest = INDICATORS[name]
+    ahead = honest._replace(compute=lambda panel: np.roll(honest.compute(panel), -1, axis=0))
+    monkeypatch.setitem(INDICATORS, name, ahead)
+    with pytest.raises(ValueError, match="leak"):
+        evaluate.refuse_leaks(model, extractor, prices, origins)
+
+
+def test_evaluate_refuses_a_forecast_that_knows_the_future(tmp_path, checkpoint, market, monkeypatch, refused):
+    plant_leak(monkeypatch)
     run = ["--model", str(checkpoint), "--prices", str(market), "--output", str(tmp_path / "forecasts.parquet")]
     assert "leak: " in refused(evaluate.main, run)
     assert not list(tmp_path.iterdir())

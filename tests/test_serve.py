@@ -791,6 +791,11 @@ def test_a_token_that_no_header_can_hold_is_refused(refused, monkeypatch, token)
     assert "SPACEEXPLORE_TOKEN must be of printable ASCII" in refused(main, ["--model", "absent", "--port", "0"])
 
 
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_port_that_cannot_be_is_refused(refused, port):
+    assert f"--port must be from 0 to 65535, got {port}" in refused(main, ["--model", "absent", "--port", port])
+
+
 def test_a_port_that_is_taken_is_named(refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from scipy.stats import spearmanr
 from spaceexploreai.configuration_spaceexplore import SpaceExploreConfig
 from spaceexploreai.data import stocks
 from spaceexploreai.data.prices import read_prices, write_table
+from spaceexploreai.data.stocks import build_stocks
 from spaceexploreai.data.windows import chronological_split, make_labels
 from spaceexploreai.evaluation.scores import score
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
@@ -100,34 +102,68 @@ def test_nothing_after_the_validation_range_reaches_the_weights(tmp_path, market
 def test_statistics_are_those_of_the_training_range_alone(checkpoint, market):
     prices = read_prices(market)
     extractor = SpaceExploreFeatureExtractor.from_pretrained(checkpoint)
-    fitted = (extractor.center, extractor.spread)
+    fitted = (extractor.center, extractor.spread, extractor.fitted_until)
     train_end = chronological_split(prices["date"], horizon=10).train.end
     extractor.fit(extractor.compute_features(prices[prices["date"] <= train_end]))
-    assert fitted == (extractor.center, extractor.spread)
+    assert fitted == (extractor.center, extractor.spread, extractor.fitted_until)
 
 
 def test_what_a_checkpoint_has_seen_stays_seen():
     """Going on with older prices must not open newer dates to evaluation."""
     old = chronological_split(make_market(tickers=1, days=300)["date"], horizon=10)
     config = SpaceExploreConfig(train_cutoff="2019-01-02", selection_cutoff="2005-01-03")
-    record_cutoffs(config, old)
+    record_cutoffs(config, old, None)
     assert config.train_cutoff == "2019-01-02"
     assert config.selection_cutoff == f"{old.validation.end:%Y-%m-%d}"
 
 
+def test_dates_that_the_statistics_are_of_are_seen(tmp_path, checkpoint, market):
+    """Those of a checkpoint that was trained on newer prices than those that are trained on."""
+    newest = SpaceExploreConfig.from_pretrained(checkpoint).train_cutoff
+    assert SpaceExploreFeatureExtractor.from_pretrained(checkpoint).fitted_until == newest
+    prices = read_prices(market)
+    prices[prices["date"] < newest].to_parquet(tmp_path / "old.parquet")
+    data = build_stocks(prices=str(tmp_path / "old.parquet"), extractor=str(checkpoint))
+    config = SpaceExploreConfig()
+    record_cutoffs(config, data.split, data.extractor.fitted_until)
+    assert f"{data.split.train.end:%Y-%m-%d}" < config.train_cutoff == newest
+
+
 def test_training_continues_from_a_checkpoint_with_its_own_statistics(tmp_path, checkpoint, market):
-    config = str(RECIPE / "sft.yaml")
-    (tmp_path / "continue.yaml").write_text(
-        (RECIPE / "sft.yaml").read_text().replace("model_config: recipes/tiny/config.json\n", "")
-    )
-    run = tiny_run(tmp_path, "--model_name_or_path", str(checkpoint), "--prices", str(market), "--tickers", "T1")
-    run[run.index(config)] = str(tmp_path / "continue.yaml")
-    del run[run.index("--model_config") : run.index("--model_config") + 2]
+    run = continued(tmp_path, checkpoint, market, "--tickers", "T1")
     trainer = train(parse_run(run))
     assert trainer.model.config.train_cutoff == load_checkpoint(checkpoint)[0].config.train_cutoff
     original = SpaceExploreFeatureExtractor.from_pretrained(checkpoint)
     assert trainer.processing_class.center == original.center
     assert trainer.state.global_step == 4
+
+
+def continued(folder: Path, checkpoint: Path, market: Path, *options: str) -> list[str]:
+    """The tiny run, from a checkpoint."""
+    run = tiny_run(folder, "--model_name_or_path", str(checkpoint), "--prices", str(market), *options)
+    (folder / "continue.yaml").write_text(
+        (RECIPE / "sft.yaml").read_text().replace("model_config: recipes/tiny/config.json\n", "")
+    )
+    run[run.index("--config") + 1] = str(folder / "continue.yaml")
+    del run[run.index("--model_config") : run.index("--model_config") + 2]
+    return run
+
+
+def test_other_horizons_than_a_head_has_are_refused(tmp_path, checkpoint, market, capsys):
+    with pytest.raises(SystemExit):
+        main(continued(tmp_path, checkpoint, market, "--horizons", "1", "5"))
+    assert "horizons [1, 5] are 2, " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_language_model_with_bins_of_its_own_is_not_taught_others(tmp_path, language_model, market, capsys):
+    shutil.copytree(language_model, tmp_path / "own")
+    path = tmp_path / "own" / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    fields["edges"][3] *= 0.99
+    path.write_text(json.dumps(fields))
+    with pytest.raises(SystemExit):
+        main(continued(tmp_path, tmp_path / "own", market, "--task", "causal_lm"))
+    assert f"bins of {tmp_path / 'own'} have other edges" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

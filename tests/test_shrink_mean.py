@@ -40,6 +40,16 @@ def test_what_was_realised_later_or_never_tells_nothing():
     assert slopes(pd.concat([table, later, unknown]), WITHIN) == slopes(table, WITHIN)
 
 
+def test_a_mean_that_says_nothing_stays_nothing():
+    assert slopes(make_table(0.4).assign(mean=0.0), WITHIN) == {1: 0.0}
+
+
+def test_a_horizon_of_which_nothing_is_known_is_refused():
+    unknown = make_table(0.4).assign(horizon=5, y=np.nan)
+    with pytest.raises(ValueError, match="before any return over 5 days of 2020-01-01 to 2020-12-31 is known"):
+        slopes(pd.concat([make_table(0.4), unknown]), WITHIN)
+
+
 def test_the_mean_alone_is_shrunk(checkpoint, market, tmp_path, capsys):
     checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     (checkpoint / "report.md").write_text("a report\n")

@@ -202,6 +202,43 @@ def interrupted(tmp_path_factory, market):
     return folder, run
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor 0.1: "),
+        (["--neftune_noise_alpha", "5"], "neftune_noise_alpha 5.0: "),
+        (["--prediction_loss_only", "true"], "prediction_loss_only True: "),
+        (["--gradient_checkpointing_kwargs", "{}"], "gradient_checkpointing_kwargs {}: reentrant"),
+        (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "reentrant"),
+    ],
+)
+def test_options_that_are_not_for_these_networks_are_refused(tmp_path, market, refused, options, message):
+    assert message in refused(main, tiny_run(tmp_path, "--prices", str(market), *options))
+
+
+def test_an_unknown_metric_is_named_with_those_there_are(tmp_path, market, capsys):
+    run = tiny_run(tmp_path, "--prices", str(market), "--metric_for_best_model", "eval_sharpe")
+    run += ["--eval_strategy", "steps", "--eval_steps", "2"]
+    with pytest.raises(SystemExit):
+        main(run)
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith("error: ")
+    assert "eval_sharpe" in complaint
+    assert "eval_crps_skill" in complaint
+
+
+def test_columns_are_not_taken_from_the_windows(tmp_path, market):
+    """A YAML of one's own need not say so."""
+    run = tiny_run(tmp_path, "--prices", str(market), "--remove_unused_columns", "true", "--task", "causal_lm")
+    assert train(parse_run(run))[0].evaluate()["eval_log_loss"] > 0
+
+
+def test_a_language_model_has_its_tokenizer_at_every_checkpoint(tmp_path, market):
+    steps = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2", "--load_best_model_at_end", "false")
+    train(parse_run(tiny_run(tmp_path, "--prices", str(market), "--task", "causal_lm", *steps)))
+    assert (tmp_path / "checkpoint-2" / "tokenizer_config.json").is_file()
+
+
 def test_half_precision_that_a_cpu_lacks_is_refused(tmp_path, market, capsys):
     """accelerate would train in float32 and say nothing."""
     run = tiny_run(tmp_path, "--prices", str(market), "--fp16", "true", "--use_cpu", "true")

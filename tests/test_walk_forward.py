@@ -15,7 +15,7 @@ from sklearn.model_selection import TimeSeriesSplit
 
 from spaceexploreai.data.prices import read_prices, write_table
 from spaceexploreai.data.windows import IGNORE_INDEX, DateRange, chronological_split, make_labels
-from spaceexploreai.evaluation.walk_forward import WINDOWS, join_folds, plan_folds
+from spaceexploreai.evaluation.walk_forward import WINDOWS, cut_blocks, join_folds, plan_folds
 from spaceexploreai.feature_extraction_spaceexplore import EncodedSeries
 from spaceexploreai.scripts import walk_forward
 from spaceexploreai.scripts.evaluate import forecast_range
@@ -177,6 +177,21 @@ def test_too_few_sessions_are_told_how_many_are_needed(count, trained, embargo, 
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         plan_folds(make_dates(300), 10, 64, **options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 300), every=st.integers(1, 60))
+def test_blocks_of_a_finished_checkpoint_are_of_all_sessions(count, every):
+    dates = make_dates(count)
+    if every <= 10 or count <= 10:
+        with pytest.raises(ValueError, match=r"too often|too few"):
+            cut_blocks(dates, 10, every)
+        return
+    blocks = cut_blocks(dates.sample(frac=1, random_state=0), 10, every)
+    lengths = [dates.between(*block).sum() for block in blocks]
+    assert sum(lengths) == count
+    assert lengths[:-1] == [every] * (len(blocks) - 1)
+    assert 10 < lengths[-1] <= every + 10
 
 
 def test_joined_forecasts_know_their_fold():

@@ -31,10 +31,10 @@ from spaceexploreai.data.stocks import StockData
 from spaceexploreai.data.windows import IGNORE_INDEX
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.modeling_spaceexplore import typical_move
-from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.arguments import ObjectiveArguments, Run, command, parse_run
 from spaceexploreai.train.report import write_report
 from spaceexploreai.train.sft import (
+    check_bins,
     check_machine,
     check_statistics,
     end_processes,
@@ -472,10 +472,7 @@ def load_teacher(objective: DistillArguments) -> PreTrainedModel:
         )
     tokenizer = TASKS[objective.task].tokenizer
     if tokenizer is not None:
-        theirs = SpaceExploreTokenizer.from_pretrained(objective.teacher)
-        for name in ("edges", "centers"):
-            if not np.array_equal(getattr(theirs, name), getattr(tokenizer, name)):
-                raise ValueError(f"the bins of the teacher {objective.teacher} have other {name} than the student's")
+        check_bins(objective.teacher, tokenizer)
     return head.from_pretrained(objective.teacher, dtype=objective.teacher_dtype).eval().requires_grad_(False)
 
 

@@ -207,7 +207,7 @@ def prepare(run: Run) -> tuple[DPOTrainer, PairData, SpaceExploreConfig]:
     if run.training.process_index == 0:
         print(data.cleaning, file=sys.stderr)
     held_back_origins(data)  # none would be found out after training
-    record_cutoffs(config, data.split)
+    record_cutoffs(config, data.split, data.extractor.fitted_until)
     return make_trainer(run, data, config, data.pairs["train"]), data, config
 
 

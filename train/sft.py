@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from torch import distributed as dist
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import sort_checkpoints
@@ -25,6 +26,7 @@ from spaceexploreai.data.stocks import StockData, StocksConfig, build_stocks, op
 from spaceexploreai.data.windows import Split
 from spaceexploreai.feature_extraction_spaceexplore import SpaceExploreFeatureExtractor
 from spaceexploreai.pipeline_spaceexplore import add_pipeline
+from spaceexploreai.tokenization_spaceexplore import SpaceExploreTokenizer
 from spaceexploreai.train.arguments import (
     SIZES,
     CommonArguments,
@@ -43,6 +45,13 @@ from spaceexploreai.train.trainer import SpaceExploreTrainer, balanced_weights
 # What makes the numbers that a network sees: another model must not be fed with them.
 STATISTICS = ("feature_names", "center", "spread", "clip")
 
+# Options of transformers that are not for these networks, and why.
+UNSUITABLE = {
+    "label_smoothing_factor": "transformers would compare a prediction with the day that was given, not the next",
+    "neftune_noise_alpha": "time steps are no token embeddings; noise on the features is the network's input_noise",
+    "prediction_loss_only": "the report is of the predictions",
+}
+
 # --- the network's configuration ---
 
 
@@ -55,6 +64,7 @@ def make_config(
     if model_args.model_name_or_path is not None:
         config = SpaceExploreConfig.from_pretrained(model_args.model_name_or_path, **fields)
         config.validate()  # it was before the fields were set
+        check_head(config, objective, model_args.model_name_or_path)
     else:
         with open(model_args.model_config) as file:
             config = SpaceExploreConfig(**{"num_features": len(extractor.feature_names), **json.load(file), **fields})
@@ -68,6 +78,13 @@ def make_config(
             f"max_position_embeddings {config.max_position_embeddings}"
         )
     return config
+
+
+def check_head(config: SpaceExploreConfig, objective: CommonArguments, checkpoint: str) -> None:
+    """Refuses another number of horizons than a trained head has."""
+    trained = len(SpaceExploreConfig.from_pretrained(checkpoint).horizons)
+    if config.architectures == [TASKS[objective.task].head.__name__] and len(config.horizons) != trained:
+        raise ValueError(f"horizons {list(config.horizons)} are {len(config.horizons)}, {checkpoint} has {trained}")
 
 
 # --- the data ---
@@ -124,6 +141,8 @@ def make_model(model_args: ModelArguments, config: SpaceExploreConfig, task: Tas
     else:
         model, info = task.head.from_pretrained(model_args.model_name_or_path, config=config, output_loading_info=True)
         new = any(not name.startswith("model.") for name in info["missing_keys"])
+        if task.tokenizer is not None and not new:
+            check_bins(model_args.model_name_or_path, task.tokenizer)
     if new:
         task.start(model)
     if config.t2t_loss_weight and not model.model.t2t.num_batches_tracked:
@@ -137,18 +156,39 @@ def make_model(model_args: ModelArguments, config: SpaceExploreConfig, task: Tas
     return add_adapter(model, model_args.peft)
 
 
-def record_cutoffs(config: SpaceExploreConfig, split: Split) -> None:
-    """Notes the last dates seen. What a checkpoint saw before stays seen, also when it goes on with older data."""
+def check_bins(checkpoint: str, tokenizer: SpaceExploreTokenizer) -> None:
+    """Refuses a language model that stands for other returns than the tokenizer."""
+    theirs = SpaceExploreTokenizer.from_pretrained(checkpoint)
+    for name in ("edges", "centers"):
+        if not np.array_equal(getattr(theirs, name), getattr(tokenizer, name)):
+            raise ValueError(f"the bins of {checkpoint} have other {name} than those of this training")
+
+
+def record_cutoffs(config: SpaceExploreConfig, split: Split, fitted_until: str | None) -> None:
+    """Notes the last dates seen, by the statistics of the features too. What a checkpoint saw before stays seen, also
+    when it goes on with older data."""
     for name, dates in (("train_cutoff", split.train), ("selection_cutoff", split.validation)):
         setattr(config, name, max(getattr(config, name) or "", dates.end.date().isoformat()))
+    config.train_cutoff = max(config.train_cutoff, fitted_until or "")
 
 
 # --- training ---
 
 
+def check_options(training: TrainingArguments) -> None:
+    """Refuses options of transformers that would silently train something else here, or end in a stack trace."""
+    for name, reason in UNSUITABLE.items():
+        if getattr(training, name):
+            raise ValueError(f"{name} {getattr(training, name)}: {reason}")
+    given = training.gradient_checkpointing_kwargs
+    if given is not None and given.get("use_reentrant", True):
+        raise ValueError(f"gradient_checkpointing_kwargs {given}: reentrant, the experts' balance has no gradient")
+
+
 def check_machine(training: TrainingArguments) -> None:
     """Refuses what accelerate ignores, or what would go wrong without its notice: processes that do not know of each
     other would each train alone, and write the same files."""
+    check_options(training)
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16 true needs a GPU, a CPU would go on in float32; bf16 works on both")
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -184,7 +224,7 @@ def share_data(run: Run, origin: str | None, config: SpaceExploreConfig) -> Stoc
         data = open_data(origin, run.data, config)
     if run.training.process_index == 0:
         print(data.cleaning, file=sys.stderr)
-    record_cutoffs(config, data.split)
+    record_cutoffs(config, data.split, data.extractor.fitted_until)
     return data
 
 
@@ -201,6 +241,7 @@ def make_trainer(
         compute_metrics=task.score,
         preprocess_logits_for_metrics=task.reduce,
         callbacks=stop_early(run.objective.early_stopping_patience, run.training),
+        tokenizer=task.tokenizer,
         weights=balanced_weights(task.train, run.objective.balance) if run.objective.balance else None,
     )
     refuse_sharded_adapter(trainer, run)
@@ -277,7 +318,7 @@ def save_checkpoint(trainer: Trainer, folder: str | Path, *beside) -> None:
     An adapter is merged into the weights, and written by itself into the folder `adapter`.
 
     Args:
-        beside: what else belongs to the model; by default the trainer's extractor and its task's tokenizer.
+        beside: what else belongs to the model; by default the trainer's extractor and tokenizer.
     """
     # Every process has a part of a sharded network, and gives it.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -285,9 +326,7 @@ def save_checkpoint(trainer: Trainer, folder: str | Path, *beside) -> None:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     plain = merged(model)
-    if not beside:
-        tokenizer = next((task.tokenizer for task in TASKS.values() if isinstance(plain, task.head)), None)
-        beside = (trainer.processing_class, tokenizer)
+    beside = beside or (trainer.processing_class, trainer.tokenizer)
     # Not trainer.save_model, which adds a pickle of the arguments.
     with files_into(Path(folder)) as temporary:
         add_pipeline(plain, temporary)

@@ -19,14 +19,16 @@ class SpaceExploreTrainer(Trainer):
 
     Args:
         weights: (N,) relative frequency of each training window; all alike by default.
+        tokenizer: of a language model, saved with it.
     """
 
-    def __init__(self, *args, weights: np.ndarray | None = None, train_dataset=None, data_collator=None, **kwargs):
-        self.weights = weights
+    def __init__(self, *args, weights=None, tokenizer=None, train_dataset=None, data_collator=None, **kwargs):
+        self.weights, self.tokenizer = weights, tokenizer
         self.loads = []
         super().__init__(
             *args, train_dataset=Numbered(train_dataset), data_collator=NumberedCollator(data_collator), **kwargs
         )
+        self.args.remove_unused_columns = False  # transformers' default; a collator here takes what it needs
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         if self.weights is None:
@@ -93,6 +95,12 @@ class SpaceExploreTrainer(Trainer):
             self.loads.clear()
         super().log(logs, start_time)
 
+    def _determine_best_metric(self, metrics, trial):
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # it names those that there are
+            raise ValueError(error.args[0]) from None
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         try:
@@ -108,6 +116,8 @@ class SpaceExploreTrainer(Trainer):
         if self.args.should_save and isinstance(model, PreTrainedModel):  # and no adapter
             folder.mkdir(parents=True, exist_ok=True)
             add_pipeline(model, folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
         super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir):
