@@ -293,9 +293,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         split alone. Undefined values are left out; a column without any spread is only centred."""
         return self.fit_columns((features[name].to_numpy() for name in self.feature_names), features["date"].max())
 
-    def fit_columns(
-        self, columns: Iterable[np.ndarray], until: pd.Timestamp | None = None
-    ) -> "SpaceExploreFeatureExtractor":
+    def fit_columns(self, columns: Iterable[np.ndarray], until=None) -> "SpaceExploreFeatureExtractor":
         """As `fit`, one column after the other in the order of `feature_names`; `until` is the last date of all."""
         center, spread = [], []
         for name, values in zip(self.feature_names, columns, strict=True):
@@ -305,8 +303,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             center.append(float(middle))
             # The standard deviation of a constant is a rounding error, not zero.
             spread.append(float(width) if width > 1e-12 * max(abs(middle), 1.0) else 1.0)
-        self.center, self.spread = center, spread
-        self.fitted_until = None if until is None else f"{until:%Y-%m-%d}"
+        self.center, self.spread, self.fitted_until = center, spread, until and f"{until:%Y-%m-%d}"
         return self
 
     def encode(self, prices: pd.DataFrame, features: pd.DataFrame | None = None) -> list[EncodedSeries]:

@@ -241,6 +241,7 @@ def test_equity_changes_by_gains_less_costs(case):
 def test_orders_fill_at_the_open_of_a_bar_or_not_at_all(case):
     open_, close = random_market(case["seed"], holes=0.2)
     volume = np.where(np.random.default_rng(case["seed"]).random(close.shape) < 0.1, 0.0, 1.0)
+    volume[0] = 1  # who never had any is not halted without
     opens = make_prices(open_, close, volume).set_index(["date", "ticker"])
     for ledger in run(case, open_, close, volume=volume).values():
         orders = ledger.orders.merge(opens[["open", "volume"]].reset_index(), "left", on=["date", "ticker"])

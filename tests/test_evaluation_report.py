@@ -203,6 +203,7 @@ def test_bold_is_what_chance_does_not_explain(scores, times, bold):
     put("crps_skill", -0.02)
     put("crps_skill_se", 0.02 / critical / times)
     put("rank_ic", 0.1)
+    put("rank_ic_dates", 30)
     put("rank_ic_t", critical * times)
     put("direction_accuracy_t", -critical * times)
     block = next(block for block in module.headline(changed).blocks if block.title.startswith("5 "))
