@@ -225,8 +225,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         normalization (`str`, defaults to `"robust"`): statistics that `fit` takes, as scikit-learn's scalers do:
             `"robust"` (median; interquartile range over that of a unit normal), `"standard"` (mean; standard
             deviation), `"minmax"` (to [-1, 1]).
-        center (`list[float]`, *optional*): (F,) fitted; subtracted.
-        spread (`list[float]`, *optional*): (F,) fitted; divided by.
+        center, spread (`list[float]`, *optional*): (F,) fitted; subtracted and divided by.
         fitted_until (`str`, *optional*): last date (YYYY-MM-DD) that both are of.
         clip (`float`, defaults to 5.0): bound of the normalised values, in spreads.
         context_length (`int`, defaults to 64): bars T that `__call__` gives the network.
