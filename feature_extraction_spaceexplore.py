@@ -225,7 +225,8 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
         normalization (`str`, defaults to `"robust"`): statistics that `fit` takes, as scikit-learn's scalers do:
             `"robust"` (median; interquartile range over that of a unit normal), `"standard"` (mean; standard
             deviation), `"minmax"` (to [-1, 1]).
-        center, spread (`list[float]`, *optional*): (F,) fitted; subtracted and divided by.
+        center (`list[float]`, *optional*): (F,) fitted; subtracted.
+        spread (`list[float]`, *optional*): (F,) fitted; divided by.
         fitted_until (`str`, *optional*): last date (YYYY-MM-DD) that both are of.
         clip (`float`, defaults to 5.0): bound of the normalised values, in spreads.
         context_length (`int`, defaults to 64): bars T that `__call__` gives the network.
@@ -252,9 +253,7 @@ class SpaceExploreFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.feature_names = list(FEATURE_PRESETS["default"] if feature_names is None else feature_names)
         self.normalization = normalization
-        self.center = center
-        self.spread = spread
-        self.fitted_until = fitted_until
+        self.center, self.spread, self.fitted_until = center, spread, fitted_until
         self.clip = clip
         self.context_length = context_length
         self.calendar = calendar
