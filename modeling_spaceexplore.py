@@ -471,7 +471,7 @@ class SpaceExplorePreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the library's; but a pipeline whose code is not in the folder is not promised by its configuration."""
         pipelines = vars(self.config).get("custom_pipelines") or {}
-        names = [one["impl"].split(".")[0] for one in pipelines.values()]
+        names = [one["impl"].rpartition(".")[0] for one in pipelines.values()]
         # "owner/name--file" is found in that repository.
         if all("--" in name or Path(save_directory, f"{name}.py").is_file() for name in names):
             return super().save_pretrained(save_directory, *args, **kwargs)
