@@ -67,7 +67,8 @@ def forecast_garch(
         train_end: last date of the training range.
         ewma: columns `ewma_…` of the same rows.
     """
-    tickers = {ticker: bars for ticker, bars in prices.groupby("ticker") if ticker in set(forecasts["ticker"])}
+    known = prices[prices["ticker"].isin(forecasts["ticker"].unique())]
+    tickers = dict(iter(known.groupby("ticker")))
     models = {ticker: fit_garch(_returns(bars[bars["date"] <= train_end])) for ticker, bars in tickers.items()}
     failed = sorted(ticker for ticker, model in models.items() if model is None)
     if failed:
