@@ -475,11 +475,11 @@ def cumulative_probability(quantiles: np.ndarray, levels: list[float], value: fl
 
 
 def parse_date(value: str | pd.Timestamp) -> pd.Timestamp:
-    """One day, as `parse_dates` reads it."""
-    date = parse_dates(pd.Series([value]))[0]
+    """One day as written, also one of the far future; of days and months alone nobody knows which is which."""
+    date = pd.to_datetime(str(value).strip().replace("/", "-"), format="ISO8601", errors="coerce")
     if pd.isna(date):
         raise ValueError(f"{value!r} is not a date (YYYY-MM-DD)")
-    return date
+    return date.tz_localize(None).normalize()
 
 
 def _robust(values: np.ndarray) -> tuple[float, float]:

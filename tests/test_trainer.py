@@ -230,7 +230,7 @@ def test_an_unknown_metric_is_named_with_those_there_are(tmp_path, market, capsy
 def test_columns_are_not_taken_from_the_windows(tmp_path, market):
     """A YAML of one's own need not say so."""
     run = tiny_run(tmp_path, "--prices", str(market), "--remove_unused_columns", "true", "--task", "causal_lm")
-    assert train(parse_run(run))[0].evaluate()["eval_log_loss"] > 0
+    assert train(parse_run(run)).evaluate()["eval_log_loss"] > 0
 
 
 def test_a_language_model_has_its_tokenizer_at_every_checkpoint(tmp_path, market):
