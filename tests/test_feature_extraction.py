@@ -580,7 +580,15 @@ def test_as_of_is_the_end_of_the_data():
     friday = pd.Timestamp("2020-04-24")
     expected = EXTRACTOR(PRICES[PRICES["date"] <= friday])
     zoned, number = pd.Timestamp("2020-04-24 16:00", tz="America/New_York"), 20200424
-    for as_of in (friday, str(friday.date()), "2020/04/24", friday + pd.Timedelta(days=2), friday.date(), zoned, number):
+    for as_of in (
+        friday,
+        str(friday.date()),
+        "2020/04/24",
+        friday + pd.Timedelta(days=2),
+        friday.date(),
+        zoned,
+        number,
+    ):
         batch = EXTRACTOR(PRICES, as_of=as_of)
         for name in EXTRACTOR.model_input_names:
             np.testing.assert_array_equal(batch[name], expected[name])
