@@ -90,6 +90,7 @@ def sample_paths(
     tokens = model.generate(
         **{name: tensor.repeat_interleave(num_samples, dim=0) for name, tensor in prompt.items()},
         cache=read,
+        use_cache=True,  # whatever a generation config says, which a folder's relative path may lose
         min_new_tokens=length,
         max_new_tokens=length,
         do_sample=False,  # the processor has drawn

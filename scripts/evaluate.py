@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = facts_of(args.model, args.prices, model.config, within, forecasts)
     notices = notices_of(within, model.config)
     pictures = pictures_of(forecasts, prices, **inside_of(model, extractor, series, within, forecasts))
-    report = Report(f"Forecasts of {Path(args.model).name}", facts, scores, notices, pictures, groups)
+    report = Report(f"Forecasts of {Path(args.model).resolve().name}", facts, scores, notices, pictures, groups)
 
     paths = write_evaluation(args.output, forecasts, report)
     print(*(f"{name}: {value}" for name, value in facts.items()), *notices, format_scores(scores), sep="\n")
