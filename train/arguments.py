@@ -129,6 +129,14 @@ class Run(NamedTuple):
     training: TrainingArguments
 
 
+# Options of transformers that are not for these networks, and why.
+UNSUITABLE = {
+    "label_smoothing_factor": "transformers would compare a prediction with the day that was given, not the next",
+    "neftune_noise_alpha": "time steps are no token embeddings; noise on the features is the network's input_noise",
+    "prediction_loss_only": "the report is of the predictions",
+}
+
+
 def parse_run(
     argv: Sequence[str] | None = None,
     objective: type = ObjectiveArguments,
@@ -142,7 +150,18 @@ def parse_run(
     parser.error = _refuse
     run = Run(*parser.parse_args_and_config(argv))
     check_weights(run.model)
+    check_options(run.training)
     return run
+
+
+def check_options(training: TrainingArguments) -> None:
+    """Refuses options of transformers that would silently train something else here, or end in a stack trace."""
+    for name, reason in UNSUITABLE.items():
+        if getattr(training, name):
+            raise ValueError(f"{name} {getattr(training, name)}: {reason}")
+    given = training.gradient_checkpointing_kwargs
+    if given is not None and given.get("use_reentrant", True):
+        raise ValueError(f"gradient_checkpointing_kwargs {given}: reentrant, the experts' balance has no gradient")
 
 
 def check_weights(args: ModelArguments) -> None:

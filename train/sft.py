@@ -45,13 +45,6 @@ from spaceexploreai.train.trainer import SpaceExploreTrainer, balanced_weights
 # What makes the numbers that a network sees: another model must not be fed with them.
 STATISTICS = ("feature_names", "center", "spread", "clip")
 
-# Options of transformers that are not for these networks, and why.
-UNSUITABLE = {
-    "label_smoothing_factor": "transformers would compare a prediction with the day that was given, not the next",
-    "neftune_noise_alpha": "time steps are no token embeddings; noise on the features is the network's input_noise",
-    "prediction_loss_only": "the report is of the predictions",
-}
-
 # --- the network's configuration ---
 
 
@@ -175,20 +168,9 @@ def record_cutoffs(config: SpaceExploreConfig, split: Split, fitted_until: str |
 # --- training ---
 
 
-def check_options(training: TrainingArguments) -> None:
-    """Refuses options of transformers that would silently train something else here, or end in a stack trace."""
-    for name, reason in UNSUITABLE.items():
-        if getattr(training, name):
-            raise ValueError(f"{name} {getattr(training, name)}: {reason}")
-    given = training.gradient_checkpointing_kwargs
-    if given is not None and given.get("use_reentrant", True):
-        raise ValueError(f"gradient_checkpointing_kwargs {given}: reentrant, the experts' balance has no gradient")
-
-
 def check_machine(training: TrainingArguments) -> None:
     """Refuses what accelerate ignores, or what would go wrong without its notice: processes that do not know of each
     other would each train alone, and write the same files."""
-    check_options(training)
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16 true needs a GPU, a CPU would go on in float32; bf16 works on both")
     started = int(os.environ.get("WORLD_SIZE", 1))
